@@ -1,0 +1,57 @@
+"""From what users pass (lists, NumPy, traced scalars) to JAX arrays, without narrowing anything in silence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+INT32_MAX = 2**31 - 1
+
+
+def as_array(name: str, value: Any) -> Array | None:
+    """An argument as a JAX array of the very dtype it came with; Python numbers and lists take JAX's default dtype."""
+    if value is None or isinstance(value, jax.Array):
+        return value
+    given = getattr(value, "dtype", None)
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}") from error
+    if given is not None and array.dtype != given:  # NumPy's 64-bit defaults, which JAX would narrow in silence
+        raise TypeError(f"{name} must have a dtype that JAX holds, expected for example {array.dtype}, got {given}")
+    return array
+
+
+def as_integers(name: str, value: Any) -> Array | np.ndarray | None:
+    """Integers as an array, kept in NumPy while concrete so that they can be checked without narrowing them first.
+
+    Takes Python and NumPy integers, lists and tuples of them (or of traced scalars), and arrays.
+    """
+    array: Array | np.ndarray
+    if value is None:
+        return None
+    if isinstance(value, jax.Array):
+        array = value
+    elif isinstance(value, Sequence) and any(isinstance(item, jax.Array) for item in value):
+        array = jnp.stack([jnp.asarray(item) for item in value])
+    elif isinstance(value, Sequence) and not len(value):
+        array = np.zeros(0, np.int64)
+    else:
+        array = np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
+    return array
+
+
+def as_int32(integers: Array | np.ndarray) -> Array:
+    """Checked integers for the device: int32, larger ones saturated (they are clamped to the cache later anyway)."""
+    if isinstance(integers, np.ndarray):
+        integers = np.clip(integers, -INT32_MAX, INT32_MAX).astype(np.int32)
+        return jnp.asarray(integers)
+    info = jnp.iinfo(integers.dtype)
+    if info.max > INT32_MAX:
+        integers = jnp.clip(integers, max(info.min, -INT32_MAX), INT32_MAX)
+    return integers.astype(jnp.int32)

@@ -1,0 +1,71 @@
+"""Choosing an implementation: the fastest one that can do the call, per platform, when the program is lowered.
+
+Nothing here asks which devices this machine has. A traced call carries every platform's choice, so it lowers and
+exports for any platform from any machine.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+from jax_ifa import xla
+from jax_ifa.operands import Operands
+
+Result = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run the decode loop.
+
+    Attributes:
+      name: what `implementation=` calls it.
+      default_on: platforms (as JAX names them: "cpu", "cuda", "rocm", "tpu") where it is preferred.
+      unsupported_reason: why it cannot run these operands, as a sentence for the user, or None if it can. Looks at
+        shapes, dtypes and static fields only.
+      attend: the loop itself: `Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32).
+    """
+
+    name: str
+    default_on: tuple[str, ...]
+    unsupported_reason: Callable[[Operands], str | None]
+    attend: Callable[[Operands], Result]
+
+
+XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend)
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (XLA,)
+"""In order of preference; XLA, which does everything everywhere, is last."""
+
+
+def implementation_names() -> tuple[str, ...]:
+    """The values that `implementation=` accepts besides None."""
+    return tuple(candidate.name for candidate in IMPLEMENTATIONS)
+
+
+def run(operands: Operands, implementation: str | None) -> Result:
+    """The decode loop by the named implementation, or for None by the best one of the platform it is lowered for.
+
+    Raises:
+      NotImplementedError: the named implementation cannot do this call; the message says why.
+    """
+    if implementation is None:
+        return _by_platform(operands)
+    candidate = next(c for c in IMPLEMENTATIONS if c.name == implementation)
+    reason = candidate.unsupported_reason(operands)
+    if reason is not None:
+        raise NotImplementedError(f"implementation={implementation!r} cannot do this call: {reason}")
+    return candidate.attend(operands)
+
+
+def _by_platform(operands: Operands) -> Result:
+    capable = [c for c in IMPLEMENTATIONS if c.default_on and c.unsupported_reason(operands) is None]
+    branches: dict[str, Callable[[Operands], Result]] = {}
+    for candidate in capable:
+        for platform in candidate.default_on:
+            branches.setdefault(platform, candidate.attend)
+    if not branches:
+        return XLA.attend(operands)
+    return jax.lax.platform_dependent(operands, default=XLA.attend, **branches)
