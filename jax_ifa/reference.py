@@ -90,7 +90,7 @@ def incre_flash_attention_reference(
     for b in range(batch):
         for h in range(num_heads):
             g = h // (num_heads // kv_heads)
-            scores, values = [], []
+            scores, values, masked = [], [], []
             for t in window(b):
                 k = antiquantize(row(key, b, g, t), 0, g)
                 score = float(scale_value) * np.sum(heads[b, h] * k)
@@ -98,14 +98,15 @@ def incre_flash_attention_reference(
                     bias = np.asarray(pse_shift)
                     score = score + float(bias[b if bias.shape[0] > 1 else 0, h, 0, t])
                 hidden = atten_mask is not None and np.size(atten_mask) and np.asarray(atten_mask)[b].reshape(-1)[t]
+                masked.append(bool(hidden))
                 scores.append(MASK_VALUE if hidden else score)
                 values.append(antiquantize(row(value, b, g, t), 1, g))
             top = max(scores, default=-np.inf)
             if top == -np.inf:  # no position, or none with any weight
                 continue
             weights = np.exp(np.array(scores) - top)
-            for weight, v in zip(weights, values, strict=True):
-                if weight > 0:  # a position without weight is not there, whatever it holds
+            for weight, v, hidden in zip(weights, values, masked, strict=True):
+                if weight > 0 or not hidden:  # a masked position without weight is not there, whatever it holds
                     out[b, h] += weight / weights.sum() * v
             lse[b, h] = top + np.log(weights.sum())
 

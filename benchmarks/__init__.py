@@ -1,0 +1,1 @@
+"""Measurements of jax-ifa beside its rivals: see README.md."""

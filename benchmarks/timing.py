@@ -1,0 +1,84 @@
+"""Timing that survives a noisy machine: contenders take turns within one run, and medians are compared."""
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of the calls of one contender."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        low, high = np.quantile(self.seconds, [0.25, 0.75])
+        return float(high - low) / 2 / self.median
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], None]], *, rounds: int = 7, seconds_per_turn: float = 0.25, title: str = ""
+) -> dict[str, Timing]:
+    """Time every contender in turn, `rounds` times over.
+
+    Args:
+      contenders: name to a function that returns when its result is ready.
+      rounds: turns of each.
+      seconds_per_turn: how long a turn lasts at most; it makes at least one call.
+      title: of the progress bar.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for function in contenders.values():
+        function()  # compiles
+    with tqdm(total=rounds * len(contenders), desc=title, leave=False) as bar:
+        for _ in range(rounds):
+            for name, function in contenders.items():
+                function()  # this turn's caches and threads, not the last contender's
+                began = time.perf_counter()
+                while True:
+                    before = time.perf_counter()
+                    function()
+                    after = time.perf_counter()
+                    samples[name].append(after - before)
+                    if after - began > seconds_per_turn:
+                        break
+                bar.update()
+    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+
+
+def read_bandwidth(megabytes: int = 512) -> Callable[[], None]:
+    """A contender that reads so many megabytes once and adds them up: the memory's read bandwidth, as JAX reaches it."""
+    numbers = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
+    total = jax.jit(jnp.sum)
+    return lambda: total(numbers).block_until_ready() and None
+
+
+def machine() -> dict[str, str]:
+    """What a figure depends on."""
+    devices = jax.devices()
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as info:
+            model = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": devices[0].device_kind,
+        "processor": model,
+        "cores": str(len(__import__("os").sched_getaffinity(0))),
+    }
