@@ -49,6 +49,7 @@ def ours(shape: Shape, dtype: str, layout: str, block: int = 0, capacity: int | 
     query_shape = {"BSH": (b, 1, n * d), "BNSD": (b, n, 1, d), "BSND": (b, 1, n, d)}[layout]
     query = _random(0, query_shape, "float32" if dtype == "int8" else dtype)
     arrays: dict[str, Any] = {"actual_seq_lengths": jnp.full(b, shape.length, jnp.int32)}
+    cache_shape: tuple[int, ...]
     if block:
         blocks = b * s // block
         cache_shape = (blocks, k, block, d) if layout == "BNSD" else (blocks, block, k * d)

@@ -60,7 +60,7 @@ def interleave(
 
 
 def read_bandwidth(megabytes: int = 512) -> Callable[[], None]:
-    """A contender that reads so many megabytes once and adds them up: the memory's read bandwidth, as JAX reaches it."""
+    """A contender that reads so many megabytes once and adds them up: the read bandwidth that JAX reaches."""
     numbers = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
     total = jax.jit(jnp.sum)
     return lambda: total(numbers).block_until_ready() and None

@@ -1,7 +1,8 @@
 """Incremental (decode) attention for JAX, with the meaning of `torch_npu.npu_incre_flash_attention`.
 
 `incre_flash_attention` is the operator. What it is made of is public too: transforms of layouts, paging, masks and
-int8, the decode loop on canonical operands (`attend`), and the merge of partial results. `jax_ifa.cache` holds KV caches.
+int8, the decode loop on canonical operands (`attend`), and the merge of partial results. `jax_ifa.cache` holds KV
+caches.
 """
 
 from jax_ifa import cache as cache

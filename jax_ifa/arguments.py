@@ -8,16 +8,15 @@ sequence of at most 262144, a block of at most 512 positions, K*D of at most 655
 """
 
 import dataclasses
-import operator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_ifa.compat import is_concrete
-from jax_ifa.conversion import as_array
+from jax_ifa.conversion import as_array, as_static_integer, numpy_value
 from jax_ifa.dispatch import implementation_names
+from jax_ifa.errors import fail
 from jax_ifa.layout import INPUT_LAYOUTS
 
 MAX_HEADS = 256
@@ -44,26 +43,6 @@ class Sizes:
         return self.num_heads // self.num_kv_heads
 
 
-def _values(array: Any) -> np.ndarray | None:
-    """The numbers in an array, or None while they are traced."""
-    return np.asarray(array) if array is not None and is_concrete(array) else None
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer known when tracing, got {value!r}") from None
-
-
-def _fail(rule: str, *, expected: object, got: object) -> NoReturn:
-    raise ValueError(f"{rule}: expected {expected}, got {got}")
-
-
-def _fail_dtype(rule: str, *, expected: object, got: object) -> NoReturn:
-    raise TypeError(f"{rule}: expected {expected}, got {got}")
-
-
 def _names(*dtypes: Any) -> str:
     return " or ".join(dict.fromkeys(str(np.dtype(dtype)) for dtype in dtypes))
 
@@ -83,28 +62,28 @@ def check_implementation(implementation: Any) -> None:
     """None, or a name that this version has."""
     names = implementation_names()
     if implementation is not None and implementation not in names:
-        _fail("implementation names the loop to run", expected=f"None or one of {names}", got=repr(implementation))
+        fail("implementation names the loop to run", expected=f"None or one of {names}", got=repr(implementation))
 
 
 def check_heads(num_heads: Any, num_key_value_heads: Any) -> tuple[int, int]:
     """N and K from the operator's attributes, where 0 key/value heads means as many as query heads."""
-    num_heads = _integer("num_heads", num_heads)
-    num_kv_heads = _integer("num_key_value_heads", num_key_value_heads)
+    num_heads = as_static_integer("num_heads", num_heads)
+    num_kv_heads = as_static_integer("num_key_value_heads", num_key_value_heads)
     if num_heads <= 0:
-        _fail("num_heads counts the query's heads", expected="at least 1", got=num_heads)
+        fail("num_heads counts the query's heads", expected="at least 1", got=num_heads)
     if num_heads > MAX_HEADS:
-        _fail("num_heads has a limit", expected=f"at most {MAX_HEADS}", got=num_heads)
+        fail("num_heads has a limit", expected=f"at most {MAX_HEADS}", got=num_heads)
     if num_kv_heads < 0:
-        _fail("num_key_value_heads counts heads, 0 meaning num_heads", expected="at least 0", got=num_kv_heads)
+        fail("num_key_value_heads counts heads, 0 meaning num_heads", expected="at least 0", got=num_kv_heads)
     num_kv_heads = num_kv_heads or num_heads
     if num_heads % num_kv_heads:
-        _fail(
+        fail(
             "num_key_value_heads must divide num_heads",
             expected=f"a divisor of {num_heads}",
             got=num_kv_heads,
         )
     if num_heads // num_kv_heads > MAX_GROUP:
-        _fail(
+        fail(
             "num_heads / num_key_value_heads has a limit",
             expected=f"at most {MAX_GROUP}",
             got=f"{num_heads} / {num_kv_heads} = {num_heads // num_kv_heads}",
@@ -115,7 +94,7 @@ def check_heads(num_heads: Any, num_key_value_heads: Any) -> tuple[int, int]:
 def check_layout(input_layout: Any) -> str:
     """One of the operator's three."""
     if input_layout not in INPUT_LAYOUTS:
-        _fail("input_layout names the axes", expected=f"one of {INPUT_LAYOUTS}", got=repr(input_layout))
+        fail("input_layout names the axes", expected=f"one of {INPUT_LAYOUTS}", got=repr(input_layout))
     return input_layout
 
 
@@ -123,20 +102,21 @@ def check_query(query: Array, *, num_heads: int, input_layout: str) -> tuple[int
     """(B, D) of a query with one token per sequence."""
     rank = 3 if input_layout == "BSH" else 4
     if query.ndim != rank:
-        _fail(f"query has {rank} axes in {input_layout}", expected=f"rank {rank}", got=f"shape {query.shape}")
+        fail(f"query has {rank} axes in {input_layout}", expected=f"rank {rank}", got=f"shape {query.shape}")
     if query.size == 0:
-        _fail("query must not be empty", expected="every axis at least 1", got=f"shape {query.shape}")
+        fail("query must not be empty", expected="every axis at least 1", got=f"shape {query.shape}")
     if query.dtype == jnp.int8:
-        _fail_dtype(
+        fail(
             "query cannot be int8 (an int8 query, key and value together are not supported by the operator)",
             expected=_names(jnp.float16, jnp.bfloat16, jnp.float32),
             got=query.dtype,
+            error=TypeError,
         )
     if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-        _fail_dtype("query dtype", expected=_names(jnp.float16, jnp.bfloat16, jnp.float32), got=query.dtype)
+        fail("query dtype", expected=_names(jnp.float16, jnp.bfloat16, jnp.float32), got=query.dtype, error=TypeError)
     tokens = query.shape[2 if input_layout == "BNSD" else 1]
     if tokens != 1:
-        _fail(
+        fail(
             f"query holds one token per sequence (its S axis in {input_layout})",
             expected=1,
             got=f"{tokens} in shape {query.shape}",
@@ -144,28 +124,33 @@ def check_query(query: Array, *, num_heads: int, input_layout: str) -> tuple[int
     if input_layout == "BSH":
         hidden = query.shape[2]
         if hidden % num_heads:
-            _fail("query H must be a multiple of num_heads", expected=f"a multiple of {num_heads}", got=hidden)
+            fail("query H must be a multiple of num_heads", expected=f"a multiple of {num_heads}", got=hidden)
         head_dim = hidden // num_heads
     else:
         heads, head_dim = query.shape[1 if input_layout == "BNSD" else 2], query.shape[3]
         if heads != num_heads:
-            _fail(
+            fail(
                 "num_heads must equal the query's N axis",
                 expected=f"num_heads={heads} for shape {query.shape}",
                 got=num_heads,
             )
     if head_dim > MAX_HEAD_DIM:
-        _fail("the head dimension D has a limit", expected=f"at most {MAX_HEAD_DIM}", got=head_dim)
+        fail("the head dimension D has a limit", expected=f"at most {MAX_HEAD_DIM}", got=head_dim)
     return query.shape[0], head_dim
 
 
 def check_kv_dtypes(query: Array, key: Array, value: Array) -> None:
     """One dtype for key and value: the query's, or int8."""
     if key.dtype != value.dtype:
-        _fail_dtype("key and value must have one dtype", expected=f"value {key.dtype}, as key", got=value.dtype)
+        fail(
+            "key and value must have one dtype", expected=f"value {key.dtype}, as key", got=value.dtype, error=TypeError
+        )
     if key.dtype not in (query.dtype, jnp.int8):
-        _fail_dtype(
-            f"key and value dtype for a {query.dtype} query", expected=_names(query.dtype, jnp.int8), got=key.dtype
+        fail(
+            f"key and value dtype for a {query.dtype} query",
+            expected=_names(query.dtype, jnp.int8),
+            got=key.dtype,
+            error=TypeError,
         )
 
 
@@ -174,7 +159,7 @@ def check_contiguous(
 ) -> int:
     """S of a contiguous cache."""
     if key.shape != value.shape:
-        _fail("key and value must have one shape", expected=f"value {key.shape}, as key", got=value.shape)
+        fail("key and value must have one shape", expected=f"value {key.shape}, as key", got=value.shape)
     axes, expected = {
         "BSH": ("(B, S, K*D)", (batch, "S", num_kv_heads * head_dim)),
         "BNSD": ("(B, K, S, D)", (batch, num_kv_heads, "S", head_dim)),
@@ -196,27 +181,27 @@ def check_paged(
     block_size: Any,
 ) -> int:
     """The capacity M * P of a paged cache."""
-    block_size = _integer("block_size", block_size)
+    block_size = as_static_integer("block_size", block_size)
     if block_table.dtype != jnp.int32:
-        _fail_dtype("block_table dtype", expected="int32", got=block_table.dtype)
+        fail("block_table dtype", expected="int32", got=block_table.dtype, error=TypeError)
     if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.shape[1] == 0:
-        _fail(
+        fail(
             "block_table has a row of blocks for each sequence",
             expected=f"shape (B, M) = ({batch}, at least 1)",
             got=block_table.shape,
         )
     alignment = BLOCK_ALIGNMENT_INT8 if key.dtype == jnp.int8 else BLOCK_ALIGNMENT
     if block_size <= 0 or block_size % alignment:
-        _fail(
+        fail(
             f"block_size with a block_table and {key.dtype} caches",
             expected=f"a positive multiple of {alignment}",
             got=block_size,
         )
     if key.shape != value.shape:
-        _fail("key and value must have one shape", expected=f"value {key.shape}, as key", got=value.shape)
+        fail("key and value must have one shape", expected=f"value {key.shape}, as key", got=value.shape)
     if key.ndim == 4:
         if input_layout != "BNSD":
-            _fail(
+            fail(
                 "a paged cache of shape (blocks, K, P, D) goes with input_layout='BNSD'",
                 expected="input_layout 'BNSD', or a cache of shape (blocks, P, K*D)",
                 got=f"input_layout {input_layout!r} and shape {key.shape}",
@@ -227,7 +212,7 @@ def check_paged(
         axes, expected = "(blocks, P, K*D)", ("blocks", block_size, num_kv_heads * head_dim)
     _check_shape("key", key, axes, expected, f"with block_size={block_size} and num_key_value_heads={num_kv_heads}")
     if key.shape[0] == 0:
-        _fail("a paged cache needs blocks", expected="at least 1 block", got=f"shape {key.shape}")
+        fail("a paged cache needs blocks", expected="at least 1 block", got=f"shape {key.shape}")
     return block_table.shape[1] * block_size
 
 
@@ -238,7 +223,7 @@ def _check_shape(name: str, array: Array, axes: str, expected: tuple[Any, ...], 
     )
     if not agree:
         shown = "(" + ", ".join(map(str, expected)) + ")"
-        _fail(f"{name} has shape {axes} {context}", expected=shown, got=array.shape)
+        fail(f"{name} has shape {axes} {context}", expected=shown, got=array.shape)
 
 
 # --- lengths, padding, mask and bias ---
@@ -250,18 +235,18 @@ def check_lengths(lengths: Array | np.ndarray | None, sizes: Sizes, *, paged: bo
         lengths = None
     if lengths is None:
         if paged:
-            _fail("a paged cache needs actual_seq_lengths", expected=f"{sizes.batch} integers, or one", got="none")
+            fail("a paged cache needs actual_seq_lengths", expected=f"{sizes.batch} integers, or one", got="none")
         return None
     if lengths.ndim != 1 or lengths.shape[0] not in (1, sizes.batch):
-        _fail(
+        fail(
             "actual_seq_lengths has one length per sequence, or one for all",
             expected=f"shape ({sizes.batch},) or (1,)",
             got=lengths.shape,
         )
-    values = _values(lengths)
+    values = numpy_value(lengths)
     if values is not None and (values.min() < 0 or values.max() > sizes.capacity):
         limit = "block_table.shape[1] * block_size" if paged else "S"
-        _fail(
+        fail(
             "actual_seq_lengths must fit the cache",
             expected=f"0 to {limit} = {sizes.capacity}",
             got=values.tolist(),
@@ -271,14 +256,14 @@ def check_lengths(lengths: Array | np.ndarray | None, sizes: Sizes, *, paged: bo
 
 def check_block_ids(block_table: Array, lengths: Array | np.ndarray, num_blocks: int, block_size: int) -> None:
     """Entries that lengths make visible must name blocks; the rest of the table may hold anything."""
-    table, counts = _values(block_table), _values(lengths)
+    table, counts = numpy_value(block_table), numpy_value(lengths)
     if table is None or counts is None:
         return
     used = np.arange(table.shape[1])[None, :] * block_size < counts[:, None]
     wrong = used & ((table < 0) | (table >= num_blocks))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        _fail(
+        fail(
             "block_table entries within the sequence length must name blocks",
             expected=f"0 to {num_blocks - 1}",
             got=f"{table[row, column]} at [{row}, {column}]",
@@ -290,7 +275,7 @@ def check_left_padding(kv_padding_size: Array | np.ndarray | None) -> Array | np
     if kv_padding_size is None or kv_padding_size.size == 0:
         return None
     if kv_padding_size.shape not in ((), (1,)):
-        _fail("kv_padding_size is one number for all sequences", expected="shape (1,) or ()", got=kv_padding_size.shape)
+        fail("kv_padding_size is one number for all sequences", expected="shape (1,) or ()", got=kv_padding_size.shape)
     return kv_padding_size
 
 
@@ -301,20 +286,20 @@ def check_mask(
     if atten_mask is None or atten_mask.size == 0:
         return None
     if atten_mask.dtype not in (jnp.bool_, jnp.int8, jnp.uint8):
-        _fail_dtype("atten_mask dtype", expected=_names(jnp.bool_, jnp.int8, jnp.uint8), got=atten_mask.dtype)
+        fail("atten_mask dtype", expected=_names(jnp.bool_, jnp.int8, jnp.uint8), got=atten_mask.dtype, error=TypeError)
     shape, batch = atten_mask.shape, sizes.batch
     if len(shape) not in (2, 3, 4) or shape[0] != batch or any(axis != 1 for axis in shape[1:-1]):
-        _fail(
+        fail(
             "atten_mask has a row for each sequence and no head axis",
             expected=f"shape ({batch}, S), ({batch}, 1, S) or ({batch}, 1, 1, S) with S = {sizes.capacity}",
             got=shape,
         )
     required = sizes.capacity
-    counts = _values(lengths)
+    counts = numpy_value(lengths)
     if counts is not None and not paged and not left_padded:
         required = int(counts.max())  # the rest of the mask is never looked at
     if shape[-1] < required:
-        _fail("atten_mask must cover every position", expected=f"a last axis of at least {required}", got=shape)
+        fail("atten_mask must cover every position", expected=f"a last axis of at least {required}", got=shape)
     return atten_mask
 
 
@@ -323,18 +308,18 @@ def check_bias(pse_shift: Array | None, sizes: Sizes, *, query_dtype: Any) -> No
     if pse_shift is None:
         return
     if pse_shift.dtype != query_dtype:
-        _fail_dtype("pse_shift has the query's dtype", expected=query_dtype, got=pse_shift.dtype)
+        fail("pse_shift has the query's dtype", expected=query_dtype, got=pse_shift.dtype, error=TypeError)
     shape = pse_shift.shape
     if len(shape) != 4 or shape[0] not in (1, sizes.batch) or shape[1:3] != (sizes.num_heads, 1):
-        _fail(
+        fail(
             "pse_shift has a row for each query head",
             expected=f"shape ({sizes.batch} or 1, {sizes.num_heads}, 1, S)",
             got=shape,
         )
     if shape[3] < sizes.capacity:
-        _fail("pse_shift must cover every position", expected=f"a last axis of at least {sizes.capacity}", got=shape)
+        fail("pse_shift must cover every position", expected=f"a last axis of at least {sizes.capacity}", got=shape)
     if sizes.head_dim % BIAS_HEAD_DIM_ALIGNMENT:
-        _fail(
+        fail(
             "pse_shift needs an aligned head dimension D",
             expected=f"a multiple of {BIAS_HEAD_DIM_ALIGNMENT}",
             got=sizes.head_dim,
@@ -351,20 +336,21 @@ def check_antiquant(
     if kv_dtype != jnp.int8:
         for name, parameter in (("antiquant_scale", scale), ("antiquant_offset", offset)):
             if parameter is not None:
-                _fail(f"{name} is for int8 key and value", expected=f"None with {kv_dtype} caches", got="an array")
+                fail(f"{name} is for int8 key and value", expected=f"None with {kv_dtype} caches", got="an array")
         return
     if scale is None:
-        _fail("int8 key and value need antiquant_scale", expected="an array of scales", got=None)
+        fail("int8 key and value need antiquant_scale", expected="an array of scales", got=None)
     if scale.dtype not in (query_dtype, jnp.float32):
-        _fail_dtype(
+        fail(
             f"antiquant_scale dtype for a {query_dtype} query",
             expected=_names(query_dtype, jnp.float32),
             got=scale.dtype,
+            error=TypeError,
         )
     heads, dim = sizes.num_kv_heads, sizes.head_dim
     shapes = ((2,), (2, heads * dim), (2, heads, dim), (2, heads, 1, dim), (2, 1, heads, dim))
     if scale.shape not in shapes:
-        _fail(
+        fail(
             "antiquant_scale is per tensor (2,) or per channel with K heads of D",
             expected=f"one of {shapes}",
             got=scale.shape,
@@ -372,28 +358,32 @@ def check_antiquant(
     if offset is None:
         return
     if offset.dtype != scale.dtype:
-        _fail_dtype("antiquant_offset has the dtype of antiquant_scale", expected=scale.dtype, got=offset.dtype)
+        fail(
+            "antiquant_offset has the dtype of antiquant_scale", expected=scale.dtype, got=offset.dtype, error=TypeError
+        )
     if offset.shape != scale.shape:
-        _fail("antiquant_offset has the shape of antiquant_scale", expected=scale.shape, got=offset.shape)
+        fail("antiquant_offset has the shape of antiquant_scale", expected=scale.shape, got=offset.shape)
 
 
 def check_output_quantization(scale: Array | None, offset: Array | None, sizes: Sizes, *, query_dtype: Any) -> None:
     """Scale per tensor or per channel; an offset of the same kind and dtype, and only with a scale."""
     if scale is None:
         if offset is not None:
-            _fail("quant_offset2 goes with quant_scale2", expected="quant_scale2 as well", got="quant_offset2 alone")
+            fail("quant_offset2 goes with quant_scale2", expected="quant_scale2 as well", got="quant_offset2 alone")
         return
     allowed = (jnp.float32, jnp.bfloat16) if query_dtype == jnp.bfloat16 else (jnp.float32,)
     if scale.dtype not in allowed:
-        _fail_dtype(f"quant_scale2 dtype for a {query_dtype} query", expected=_names(*allowed), got=scale.dtype)
+        fail(
+            f"quant_scale2 dtype for a {query_dtype} query", expected=_names(*allowed), got=scale.dtype, error=TypeError
+        )
     per_tensor = _check_output_parameter("quant_scale2", scale, sizes)
     if offset is None:
         return
     if offset.dtype != scale.dtype:
-        _fail_dtype("quant_offset2 has the dtype of quant_scale2", expected=scale.dtype, got=offset.dtype)
+        fail("quant_offset2 has the dtype of quant_scale2", expected=scale.dtype, got=offset.dtype, error=TypeError)
     if _check_output_parameter("quant_offset2", offset, sizes) != per_tensor:
         kinds = {True: "per tensor", False: "per channel"}
-        _fail(
+        fail(
             "quant_scale2 and quant_offset2 are both per tensor or both per channel",
             expected=f"a {kinds[per_tensor]} quant_offset2, as quant_scale2 {scale.shape}",
             got=offset.shape,
@@ -407,7 +397,7 @@ def _check_output_parameter(name: str, parameter: Array, sizes: Sizes) -> bool:
     n, d = sizes.num_heads, sizes.head_dim
     channels = ((n * d,), (n, d), (1, n * d), (n, 1, d), (1, n, d), (1, 1, n * d), (1, n, 1, d), (1, 1, n, d))
     if parameter.shape not in channels:
-        _fail(
+        fail(
             f"{name} is per tensor (one element) or per channel with N query heads of D",
             expected=f"one element or one of {channels}",
             got=parameter.shape,
@@ -419,7 +409,7 @@ def check_unused(**parameters: Any) -> None:
     """Parameters of the operator's int8 x int8 chain, which needs an int8 query, which the operator refuses."""
     for name, parameter in parameters.items():
         if parameter is not None:
-            _fail(f"{name} is for an int8 query, which is not supported", expected=None, got="an array")
+            fail(f"{name} is for an int8 query, which is not supported", expected=None, got="an array")
 
 
 def check_scale_value(scale_value: Any) -> Array:
@@ -436,7 +426,7 @@ def check_scale_value(scale_value: Any) -> Array:
 
 def check_inner_precise(inner_precise: Any) -> bool:
     """Whether the call asks for high precision."""
-    inner_precise = _integer("inner_precise", inner_precise)
+    inner_precise = as_static_integer("inner_precise", inner_precise)
     if inner_precise not in (0, 1):
-        _fail("inner_precise is 0 (high precision) or 1 (high performance)", expected="0 or 1", got=inner_precise)
+        fail("inner_precise is 0 (high precision) or 1 (high performance)", expected="0 or 1", got=inner_precise)
     return inner_precise == 0

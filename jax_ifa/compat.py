@@ -16,8 +16,8 @@ if jax.__version_info__ < MINIMUM_JAX:
     )
 
 CPU_CONVERTS_BFLOAT16_UPDATES = jax.__version_info__ < (0, 11, 2)
-"""XLA:CPU before this release updates a bfloat16 array in float32, by converting all of it there and back: 70 ms instead
-of 10 us for one token in a cache of 64 MB."""
+"""XLA:CPU before this release updates a bfloat16 array in float32, by converting all of it there and back: 70 ms
+instead of 10 us for one token in a cache of 64 MB."""
 
 
 def is_concrete(value: Any) -> bool:

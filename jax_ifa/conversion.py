@@ -1,5 +1,6 @@
 """From what users pass (lists, NumPy, traced scalars) to JAX arrays, without narrowing anything in silence."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jax_ifa.compat import is_concrete
+from jax_ifa.errors import fail
 
 INT32_MAX = 2**31 - 1
 
@@ -55,3 +59,16 @@ def as_int32(integers: Array | np.ndarray) -> Array:
     if info.max > INT32_MAX:
         integers = jnp.clip(integers, max(info.min, -INT32_MAX), INT32_MAX)
     return integers.astype(jnp.int32)
+
+
+def as_static_integer(name: str, value: Any) -> int:
+    """An integer that must be known when tracing."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        fail(f"{name} is an integer known when tracing", expected="an integer", got=repr(value), error=TypeError)
+
+
+def numpy_value(array: Any) -> np.ndarray | None:
+    """The numbers in an array, or None while they are traced, or for None."""
+    return np.asarray(array) if array is not None and is_concrete(array) else None

@@ -1,14 +1,13 @@
 """Appending to contiguous and paged caches: every token where it belongs, and nothing anywhere else."""
 
-import doctest
-import importlib
+import itertools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_model import DTYPES, LAYOUTS, by_sequence, empty, in_layout, random_tokens, scales, stored
+from cache_model import LAYOUTS, by_sequence, empty, in_layout, random_tokens, scales, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from jax_ifa.cache import ContiguousCache, PagedCache, quantize_kv
 B, S, K, D = 3, 64, 2, 16
 KINDS = ("contiguous", "paged")
 INT32_MAX = 2**31 - 1
+jitted_quantize = jax.jit(quantize_kv)
 
 
 def make(kind, dtype="float32", layout="BNSD"):
@@ -29,7 +29,7 @@ def expected(cache, tokens, index):
     if cache.dtype != jnp.int8:
         return np.asarray(tokens.astype(cache.dtype))
     scale, offset = cache.antiquant_scale[None, None, index], cache.antiquant_offset[None, None, index]
-    return np.asarray(quantize_kv(tokens, scale, offset))
+    return np.asarray(jitted_quantize(tokens, scale, offset))
 
 
 def append_model(contents, new, lengths, counts):
@@ -76,15 +76,20 @@ def check_prompt_then_steps(kind, layout, dtype, *, jit):
     assert cache.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, layout, dtype",
+    [
+        *itertools.product(("contiguous",), LAYOUTS, ("bfloat16", "int8")),
+        *itertools.product(("paged",), ("BNSD", "BSH"), ("bfloat16", "int8")),
+        ("contiguous", "BSND", "float32"),
+        ("paged", "BNSD", "float16"),
+    ],
+)
 def test_prompt_then_steps(kind, layout, dtype):
     check_prompt_then_steps(kind, layout, dtype, jit=True)
 
 
-@pytest.mark.parametrize("kind, layout", (("contiguous", "BSND"), ("paged", "BNSD")))
-@pytest.mark.parametrize("dtype", ("bfloat16", "int8"))
+@pytest.mark.parametrize("kind, layout, dtype", (("contiguous", "BSND", "int8"), ("paged", "BNSD", "bfloat16")))
 def test_prompt_then_steps_without_jit(kind, layout, dtype):
     check_prompt_then_steps(kind, layout, dtype, jit=False)
 
@@ -132,8 +137,8 @@ def test_traced_garbage_is_dropped(form, lengths, counts):
     assert_appended(cache, table, lengths=lengths, counts=counts, num_tokens=8, jit=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "int8"))
+@pytest.mark.parametrize("layout", ("BNSD", "BSH"))
 def test_traced_garbage_ids_are_dropped(layout, dtype):
     num_blocks, block_size = 5, 32
     pool = PagedCache.create(num_blocks, block_size, K, D, dtype, input_layout=layout, **scales(dtype, K, D))
@@ -157,7 +162,7 @@ def expected_rows(pool, tokens):
     """(Q, K, D) keys as the pool should hold them."""
     if pool.dtype != jnp.int8:
         return np.asarray(tokens.astype(pool.dtype))
-    return np.asarray(quantize_kv(tokens, pool.antiquant_scale[None, 0], pool.antiquant_offset[None, 0]))
+    return np.asarray(jitted_quantize(tokens, pool.antiquant_scale[None, 0], pool.antiquant_offset[None, 0]))
 
 
 def test_padding_never_reaches_the_cache():
@@ -238,7 +243,7 @@ def test_gradient_goes_through(kind):
             after = cache.append(tokens, tokens, jnp.array([0, 32, S - 1]), *map(jnp.asarray, table))
             return (after.key * weight).sum()
 
-        by_cache, by_tokens = jax.jit(jax.grad(loss, argnums=(0, 1)))(cache, tokens)
+        by_cache, by_tokens = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1)))(cache, tokens)
         ones = by_sequence(cache.append(tokens, tokens, [0, 32, S - 1], *table, counts=[2, 2, 1]), table)[0]
         weights = by_sequence(cache.__class__(weight, weight, None, None, "BSND", K), table)[0]
         chex.assert_trees_all_equal(by_sequence(by_cache, table)[0], np.where(ones, 0, weights))
@@ -325,8 +330,8 @@ def test_attention_over_the_cache(kind, layout):
     chex.assert_trees_all_close(np.asarray(out).reshape(B, K, 2, D), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "int8"))
+@pytest.mark.parametrize("layout", ("BNSD", "BSND"))
 def test_copy_blocks(layout, dtype):
     pool = PagedCache.create(6, 32, K, D, dtype, input_layout=layout, **scales(dtype, K, D))
     key, value = (in_layout(t, layout) for t in random_tokens(1, (6, 32, K, D)))
@@ -337,7 +342,7 @@ def test_copy_blocks(layout, dtype):
     for pages, old in zip(want, before, strict=True):
         pages[[3, 5, 0]] = old[[0, 3, 1]]
     chex.assert_trees_all_equal(stored(pool.copy_blocks(source, target)), want)
-    copy = jax.jit(lambda pool, source, target: pool.copy_blocks(source, target))
+    copy = jax.jit(PagedCache.copy_blocks)
     chex.assert_trees_all_equal(stored(copy(pool, source, target)), want)
     garbage = np.array([-1, 6, -6, 2, 2, INT32_MAX])
     outside = np.array([0, 0, 0, 6, -1, 0])
@@ -408,7 +413,7 @@ def test_wrong_caches_raise():
     fails(ValueError, "input_layout names the axes", input_layout="SBH")
     fails(TypeError, "dtype of a cache: expected float32 or bfloat16 or float16 or int8", dtype="int16")
     fails(ValueError, "capacity is a size: expected at least 1, got 0", sizes=(B, 0, K, D))
-    fails(TypeError, "batch is a size known when tracing", sizes=(1.5, S, K, D))
+    fails(TypeError, "batch is an integer known when tracing", sizes=(1.5, S, K, D))
     fails(ValueError, "int8 key and value need antiquant_scale", dtype="int8")
     fails(ValueError, "antiquant_scale is for int8", antiquant_scale=scale)
     fails(ValueError, "antiquant_offset is for int8", antiquant_offset=scale)
@@ -442,11 +447,3 @@ def test_wrong_copies_raise():
     ):
         with pytest.raises(ValueError, match=match):
             pool.copy_blocks(np.array(source), np.array(target))
-
-
-@pytest.mark.parametrize("module", ("allocator", "calibration", "contiguous", "paged"))
-def test_examples_in_docstrings(module):
-    module = importlib.import_module(f"jax_ifa.cache.{module}")
-    results = doctest.testmod(module)
-    assert results.attempted
-    assert not results.failed

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from jax_ifa import antiquantize
 from jax_ifa.cache import ContiguousCache, calibrate_antiquant, quantize_kv
+from jax_ifa.cache.calibration import SMALLEST_SCALE
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
@@ -66,7 +67,7 @@ def test_every_sample_is_restored(data, symmetric, per_tensor, headroom):
     key, value = data[:, None]
     scale, offset = calibrate_antiquant(key, value, symmetric=symmetric, per_tensor=per_tensor, headroom=headroom)
     assert np.isfinite(scale).all()
-    assert (np.asarray(scale) > 0).all()
+    assert (np.asarray(scale) >= SMALLEST_SCALE).all()  # and so safe where subnormal numbers are flushed to 0
     chex.assert_shape(scale, (2,) if per_tensor else (2, 2, 4))
     if symmetric:
         assert offset is None
@@ -100,6 +101,15 @@ def test_channels_that_do_not_vary():
         assert scale[0, 0, 0] == 1.0
         assert not restored[..., 0].any()
         chex.assert_trees_all_close(restored[..., 1], key[..., 1], rtol=2.0**-16)
+
+
+def test_the_widest_range_does_not_overflow():
+    largest = float(jnp.finfo(jnp.float32).max)
+    key = jnp.array([-largest, largest, 0.0])[None, None, :, None]
+    scale, offset = calibrate_antiquant(key, key, symmetric=False)
+    chex.assert_trees_all_close(scale, jnp.full((2, 1, 1), largest / 127))
+    assert not offset.any()
+    assert quantize_kv(key, scale[:1, :, None], offset[:1, :, None]).ravel().tolist() == [-127, 127, 0]
 
 
 def test_an_offset_is_finer_off_zero():

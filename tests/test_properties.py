@@ -370,3 +370,20 @@ def test_a_bias_of_minus_infinity_hides() -> None:
     gradient = jax.grad(lambda query: incre_flash_attention(query, *args[1:], **kwargs).sum())(args[0])
     assert np.isfinite(gradient).all()
     assert np.all(np.asarray(gradient[1, 2]) == 0)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_visible_and_not_a_number_shows(name: str) -> None:
+    """In the rows that see it, output and LSE, and in no others."""
+    (query, key, value), kwargs = Case(lengths=(20, 30), mask="2d").inputs()
+    kwargs["atten_mask"][:, 0] = False
+    call = dict(query=query, key=key, value=value)
+    call[name][0, 0, 0] = np.nan
+    out, lse = incre_flash_attention(**call, **kwargs, return_lse=True)
+    rows = [0] if name == "query" else [0, 1]  # two query heads read kv head 0
+    others = [n for n in range(4) if n not in rows]
+    assert np.isnan(out[0, np.array(rows)]).all()
+    assert np.isfinite(out[0, np.array(others)]).all()
+    assert np.isfinite(out[1]).all()
+    assert np.isnan(lse[0, np.array(rows)]).all() == (name != "value")
+    assert np.isfinite(lse[0, np.array(others)]).all()

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_ifa.cache.rules import check_size, fail
+from jax_ifa.cache.rules import check_size
+from jax_ifa.errors import fail
 
 NO_BLOCK = -1
 

@@ -13,8 +13,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jax_ifa.cache.rules import check_integers, check_size, fail, numpy_value
-from jax_ifa.conversion import as_array, as_int32
+from jax_ifa.cache.rules import check_integers, check_size
+from jax_ifa.conversion import as_array, as_int32, numpy_value
+from jax_ifa.errors import fail
 from jax_ifa.layout import INPUT_LAYOUTS
 from jax_ifa.quantization import INT8_MAX, INT8_MIN
 

@@ -11,10 +11,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jax_ifa.arguments import BLOCK_ALIGNMENT, BLOCK_ALIGNMENT_INT8, check_layout
-from jax_ifa.cache.rules import check_cache_dtype, check_integers, check_new_tokens, check_size, fail, numpy_value
+from jax_ifa.cache.rules import check_cache_dtype, check_integers, check_new_tokens, check_size
 from jax_ifa.cache.storage import DATA_FIELDS, META_FIELDS, Storage, create_arrays
 from jax_ifa.cache.tokens import token_positions, write_tokens
-from jax_ifa.conversion import as_int32, as_integers
+from jax_ifa.conversion import as_int32, as_integers, numpy_value
+from jax_ifa.errors import fail
 
 NO_BLOCK = -1
 

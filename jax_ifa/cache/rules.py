@@ -1,35 +1,21 @@
 """What the caches check, and how they say it. Concrete values raise where they are wrong; traced ones cannot."""
 
-import operator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_ifa.compat import is_concrete
-from jax_ifa.conversion import as_integers
+from jax_ifa.conversion import as_integers, as_static_integer, numpy_value
+from jax_ifa.errors import fail
 
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)
 
 
-def fail(rule: str, *, expected: object, got: object, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise `error` with a message of one form."""
-    raise error(f"{rule}: expected {expected}, got {got}")
-
-
-def numpy_value(array: Any) -> np.ndarray | None:
-    """The numbers in an array, or None while they are traced."""
-    return np.asarray(array) if is_concrete(array) else None
-
-
 def check_size(name: str, value: Any, *, minimum: int = 1) -> int:
     """A size that is known when tracing."""
-    try:
-        size = operator.index(value)
-    except TypeError:
-        fail(f"{name} is a size known when tracing", expected="an integer", got=repr(value), error=TypeError)
+    size = as_static_integer(name, value)
     if size < minimum:
         fail(f"{name} is a size", expected=f"at least {minimum}", got=size)
     return size

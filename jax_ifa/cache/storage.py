@@ -10,9 +10,10 @@ from jax.typing import ArrayLike
 
 from jax_ifa import arguments
 from jax_ifa.cache.calibration import quantize_kv
-from jax_ifa.cache.rules import check_cache_dtype, check_finite, fail, numpy_value
+from jax_ifa.cache.rules import check_cache_dtype, check_finite
 from jax_ifa.cache.tokens import write_tokens
-from jax_ifa.conversion import as_array
+from jax_ifa.conversion import as_array, numpy_value
+from jax_ifa.errors import fail
 from jax_ifa.quantization import split_antiquant
 
 DATA_FIELDS = ("key", "value", "antiquant_scale", "antiquant_offset")

@@ -69,8 +69,8 @@ def _select(head_major: bool, storage: Array, tokens: Array, page: Array, slot: 
     rows = lax.bitcast_convert_type(tokens, jnp.uint16).reshape(-1, *tokens.shape[2:])
 
     def write(i: Array, storage: Array) -> Array:
-        # The barrier keeps the look-up of the rows in the loop, where it joins the pass; before it, it would be as large
-        # as the storage.
+        # The barrier keeps the look-up of the rows in the loop, where it joins the pass; before the loop, its result
+        # would be as large as the storage.
         which, _ = lax.optimization_barrier((source, i))
         picked = rows[jnp.maximum(which, 0)]
         if head_major:

@@ -1,0 +1,144 @@
+"""Tokens per second of a whole model, SmolLM2-135M in float32, beside llama.cpp on the same weights and threads.
+
+    python -m benchmarks.decode_model --context 128 1024 4096 8192 --name NAME
+
+Needs llama-cpp-python in the same environment for llama.cpp's rows, and leaves them out without it. For each context,
+every contender holds a prompt almost that long and they take turns decoding. Results go to results/decode-NAME.json
+and .md; contexts that are not measured again stay.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+from tqdm import tqdm
+
+from benchmarks.timing import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from llama.calibration import calibration_ids
+from llama.decoding import CacheOptions, Decoder
+from llama.download import default_model
+from llama.gguf_file import GGUFFile, load_model
+from llama.model import Llama
+from llama.tokenizer import Tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 5
+TOKENS_PER_TURN = 8
+CACHES = [CacheOptions(), CacheOptions("paged"), CacheOptions(dtype="bfloat16"), CacheOptions(dtype="int8")]
+Step = Callable[[], object]
+"""Decodes one token, and returns when it is there."""
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096, 8192])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of llama.cpp")
+    parser.add_argument("--name", default="cpu")
+    options = parser.parse_args()
+    path = default_model()
+    file = GGUFFile(path)
+    model, calibration = load_model(file), calibration_ids(Tokenizer(file.metadata))
+    ids = np.resize(calibration, max(options.context)).tolist()
+    with llama_cpp_weights(path) as exact:
+        for context in options.context:
+            prompt = ids[: context - (ROUNDS + 1) * (TOKENS_PER_TURN + 1)]
+            makers: dict[str, Callable[[], Step]] = {
+                f"jax_ifa, {cache.kind} {cache.dtype} cache": partial(ours, model, prompt, context, cache, calibration)
+                for cache in CACHES
+            }
+            if exact is not None:
+                makers["llama.cpp, float32 cache"] = partial(llama_cpp_step, exact, prompt, context, options.threads)
+            rows = measure(makers, len(prompt), context)
+            write(RESULTS / f"decode-{options.name}", context, rows)
+
+
+def measure(makers: dict[str, Callable[[], Step]], prompt: int, context: int) -> list[dict[str, Any]]:
+    """A row for each contender: all hold their prompts, then they take turns."""
+    steps, reading = {}, {}
+    for name, make in tqdm(makers.items(), f"context {context}: reading {prompt} tokens", leave=False):
+        start = time.perf_counter()
+        steps[name] = make()
+        reading[name] = time.perf_counter() - start
+        steps[name]()  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(ROUNDS), f"context {context}: decoding", leave=False):
+        for name, step in steps.items():
+            step()  # this turn's caches and threads, not the last contender's
+            for _ in range(TOKENS_PER_TURN):
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+    return [
+        {
+            "context": context,
+            "contender": name,
+            "tokens/s (median)": 1 / float(np.median(taken)),
+            "tokens/s (best)": 1 / min(taken),
+            "prompt read in s, compiling included": reading[name],
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def ours(model: Llama, prompt: list[int], capacity: int, cache: CacheOptions, calibration: list[int]) -> Step:
+    """A contender of this repository."""
+    return Decoder(model, [prompt], capacity=capacity, cache=cache, calibration=calibration).step
+
+
+@contextmanager
+def llama_cpp_weights(model: Path) -> Iterator[Path | None]:
+    """The model dequantised to a float32 GGUF file, or None where llama.cpp is missing."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama-cpp-python is not installed: its rows are left out", file=sys.stderr)
+        yield None
+        return
+    from benchmarks.llamacpp_reference import write_float32_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_float32_gguf(model, Path(folder) / "float32.gguf")
+
+
+def llama_cpp_step(model: Path, prompt: list[int], context: int, threads: int) -> Step:
+    """A contender of llama.cpp: all float32, no flash attention."""
+    from benchmarks.llamacpp_reference import open_model
+
+    llama = open_model(model, context, threads, logits_all=False)
+    llama.eval(prompt)
+    return lambda: llama.eval(prompt[:1])  # which token it is does not matter to its speed
+
+
+def write(path: Path, context: int, rows: list[dict[str, Any]]) -> None:
+    """Merge the rows of one context into the results."""
+    stored = json.loads(path.with_suffix(".json").read_text())["rows"] if path.with_suffix(".json").exists() else []
+    rows = sorted([row for row in stored if row["context"] != context] + rows, key=lambda row: row["context"])
+    RESULTS.mkdir(exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps({"about": machine(), "rows": rows}, indent=1))
+    formats = {
+        "tokens/s (median)": "{:.1f}",
+        "tokens/s (best)": "{:.1f}",
+        "prompt read in s, compiling included": "{:.1f}",
+    }
+    cells = [{key: formats.get(key, "{}").format(value) for key, value in row.items()} for row in rows]
+    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
+    about = ", ".join(f"{key} {value}" for key, value in machine().items())
+    path.with_suffix(".md").write_text(f"{about}\n\n{table}\n")
+    print(tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
