@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ifa import incre_flash_attention
+from jax_ifa import cache, incre_flash_attention
 
 Contender = Callable[[], None]
 
@@ -74,6 +74,24 @@ def ours(shape: Shape, dtype: str, layout: str, block: int = 0, capacity: int | 
         )
     )
     return lambda: call(query, key, value, arrays).block_until_ready() and None
+
+
+def append_one(shape: Shape, dtype: str) -> Contender:
+    """`ContiguousCache.append` of one token per sequence, donated; `shape.length` is the capacity."""
+    kind = jnp.dtype(dtype)
+    scale = jnp.full(2, 0.01, jnp.float32) if kind == jnp.int8 else None
+    storage = cache.ContiguousCache.create(
+        shape.batch, shape.length, shape.kv_heads, shape.head_dim, kind, antiquant_scale=scale
+    )
+    token = jnp.ones((shape.batch, shape.kv_heads, 1, shape.head_dim), jnp.float32)
+    lengths = jnp.zeros(shape.batch, jnp.int32)
+    append = jax.jit(lambda storage, token, lengths: storage.append(token, token, lengths), donate_argnums=0)
+    held = [storage]
+
+    def call() -> None:
+        held[0] = jax.block_until_ready(append(held[0], token, lengths))
+
+    return call
 
 
 def jax_nn(shape: Shape, dtype: str) -> Contender:

@@ -150,14 +150,14 @@ WRONG = [
     # attributes
     Wrong("num_heads_zero", dict(num_heads=0), ValueError, r"num_heads.*at least 1.*got 0"),
     Wrong("num_heads_negative", dict(num_heads=-4), ValueError, r"num_heads.*at least 1.*got -4"),
-    Wrong("num_heads_float", dict(num_heads=4.0), TypeError, r"num_heads must be an integer.*4\.0"),
+    Wrong("num_heads_float", dict(num_heads=4.0), TypeError, r"num_heads is an integer.*4\.0"),
     Wrong(
         "num_heads_limit", {}, ValueError, r"num_heads has a limit.*256.*257", dict(heads=257, kv_heads=257, capacity=2)
     ),
     Wrong("kv_heads_more", dict(num_key_value_heads=8), ValueError, r"num_key_value_heads.*divi.*of 4.*8"),
     Wrong("kv_heads_indivisible", dict(num_key_value_heads=3), ValueError, r"num_key_value_heads.*divi.*of 4.*3"),
     Wrong("kv_heads_negative", dict(num_key_value_heads=-1), ValueError, r"num_key_value_heads.*at least 0.*-1"),
-    Wrong("kv_heads_float", dict(num_key_value_heads=2.0), TypeError, r"num_key_value_heads must be an integer.*2\.0"),
+    Wrong("kv_heads_float", dict(num_key_value_heads=2.0), TypeError, r"num_key_value_heads is an integer.*2\.0"),
     Wrong("group_limit", {}, ValueError, r"num_heads / num_key.*limit.*64.*65", dict(heads=65, kv_heads=1, capacity=2)),
     *(
         Wrong(
@@ -169,7 +169,7 @@ WRONG = [
         Wrong(f"inner_precise_{n}", dict(inner_precise=n), ValueError, rf"inner_precise.*0.*1.*got {n}")
         for n in (-1, 2, 3)
     ),
-    Wrong("inner_precise_float", dict(inner_precise=1.0), TypeError, r"inner_precise must be an integer.*1\.0"),
+    Wrong("inner_precise_float", dict(inner_precise=1.0), TypeError, r"inner_precise is an integer.*1\.0"),
     Wrong("implementation", dict(implementation="fastest"), ValueError, r"implementation.*None.*xla.*'fastest'"),
     Wrong("scale_value_none", dict(scale_value=None), TypeError, r"scale_value.*real number.*None"),
     Wrong("scale_value_complex", dict(scale_value=1j), TypeError, r"scale_value.*real number.*1j"),
@@ -475,7 +475,7 @@ WRONG = [
         Wrong(f"block_size_{n}_int8", dict(block_size=n), ValueError, rf"block_size.*int8.*of 32.*got {n}", PAGED_INT8)
         for n in (0, 16, 48)
     ),
-    Wrong("block_size_float", dict(block_size=16.0), TypeError, r"block_size must be an integer.*16\.0", PAGED),
+    Wrong("block_size_float", dict(block_size=16.0), TypeError, r"block_size is an integer.*16\.0", PAGED),
     *(
         Wrong(
             f"paged_bnsd_cache_{layout}",
@@ -584,7 +584,7 @@ def test_traced_lengths_do_not_shorten_the_mask() -> None:
 def test_static_arguments_cannot_be_traced() -> None:
     call = call_of()
     for name in ("num_heads", "num_key_value_heads", "inner_precise"):
-        with pytest.raises(TypeError, match=f"{name} must be an integer known when tracing"):
+        with pytest.raises(TypeError, match=f"{name} is an integer known when tracing"):
             jax.jit(lambda n, name=name: run(call | {name: n}))(1)
 
 

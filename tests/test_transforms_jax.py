@@ -1,5 +1,6 @@
 """The function under JAX's own transforms: jit, vmap, scan, while_loop, grad, checkpoint, export."""
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -297,15 +298,16 @@ def test_vmap_over_sequences_is_the_batch() -> None:
 def test_vmap_does_not_copy_what_is_not_mapped(
     name: str, mapped: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop runs once, on the caches as they are: size x pages where mapped, the same pages for all where not."""
+    """One loop, on the caches as they are: size x pages where mapped, the same pages for all where not."""
     calls = []
-    original = dispatch.run
-    monkeypatch.setattr(dispatch, "run", lambda operands, *rest: (calls.append(operands), original(operands, *rest))[1])
+    module = importlib.import_module("jax_ifa.attend")  # jax_ifa.attend is the function in it
+    fold = module.fold_into_batch
+    monkeypatch.setattr(module, "fold_into_batch", lambda *args: (calls.append(fold(*args)), calls[-1])[1])
     call = call_of(CASES[name])
     size = 5
     stacked = stack(call, mapped, size)
     jaxpr = jax.make_jaxpr(jax.vmap(lambda arrays: run(call, **arrays)))(stacked)
-    folded = calls[-1]
+    (folded,) = calls
     pages = call["key"].shape[0]
     assert folded.query.shape[0] == size * 2
     assert folded.kv.key.shape[0] == (size * pages if "key" in mapped else pages)

@@ -200,10 +200,10 @@ def attend_cached(
 ) -> tuple[Array, Cache]:
     """Append one token (B, heads, 1, D) to the cache, where active, and attend to all it then holds."""
     counts = active.astype(jnp.int32)
-    cache = cache.append(key, value, *place(lengths, table), counts)
+    cache = append(cache, key, value, lengths, table, counts)
     out = incre_flash_attention(
         query if cache.dtype == jnp.int8 else query.astype(cache.dtype),
-        **cache.arguments(*place(lengths + counts, table)),
+        **arguments(cache, lengths + counts, table),
         num_heads=query.shape[1],
         scale_value=query.shape[-1] ** -0.5,
         implementation=implementation,
@@ -220,9 +220,20 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
     return jnp.asarray(tokens), jnp.asarray(counts, jnp.int32)
 
 
-def place(lengths: Array, table: Array | None) -> Any:
-    """What tells a cache where its tokens are: lengths, and the block table if it is paged."""
-    return (lengths,) if table is None else (lengths, table)
+def append(cache: Cache, key: Array, value: Array, lengths: Array, table: Array | None, counts: Array) -> Cache:
+    """The cache with new tokens; only a paged one has a block table."""
+    if isinstance(cache, ContiguousCache):
+        return cache.append(key, value, lengths, counts)
+    assert table is not None
+    return cache.append(key, value, lengths, table, counts)
+
+
+def arguments(cache: Cache, lengths: Array, table: Array | None) -> dict[str, Any]:
+    """What the attention takes of a cache; only a paged one has a block table."""
+    if isinstance(cache, ContiguousCache):
+        return cache.arguments(lengths)
+    assert table is not None
+    return cache.arguments(lengths, table)
 
 
 def read_prompts(
@@ -265,7 +276,7 @@ def read_layer(
         scale, _ = calibrate_antiquant(key, value, counts=counts, headroom=options.headroom)
     cache = create_cache(key.shape[1], key.shape[3], batch, capacity, options, scale)
     counts = counts[:batch]
-    return x, cache.append(key[:batch], value[:batch], *place(jnp.zeros_like(counts), table), counts)
+    return x, append(cache, key[:batch], value[:batch], jnp.zeros_like(counts), table, counts)
 
 
 def create_cache(
