@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -159,7 +160,9 @@ def incre_flash_attention(
 
     lengths = rules.check_lengths(as_integers("actual_seq_lengths", actual_seq_lengths), sizes, paged=paged)
     if table is not None and lengths is not None:
-        rules.check_block_ids(table, lengths, key.shape[0], capacity // table.shape[1])
+        # A NumPy table or a list inside jit is known, though as a JAX array it is traced.
+        ids = table if isinstance(block_table, Array) else np.asarray(block_table)
+        rules.check_block_ids(ids, lengths, key.shape[0], capacity // table.shape[1])
     padding = rules.check_left_padding(as_integers("kv_padding_size", kv_padding_size))
     if paged or lengths is None:
         padding = None

@@ -254,7 +254,9 @@ def check_lengths(lengths: Array | np.ndarray | None, sizes: Sizes, *, paged: bo
     return lengths
 
 
-def check_block_ids(block_table: Array, lengths: Array | np.ndarray, num_blocks: int, block_size: int) -> None:
+def check_block_ids(
+    block_table: Array | np.ndarray, lengths: Array | np.ndarray, num_blocks: int, block_size: int
+) -> None:
     """Entries that lengths make visible must name blocks; the rest of the table may hold anything."""
     table, counts = numpy_value(block_table), numpy_value(lengths)
     if table is None or counts is None:
@@ -414,14 +416,13 @@ def check_unused(**parameters: Any) -> None:
 
 def check_scale_value(scale_value: Any) -> Array:
     """One real number, as a float32 scalar; it may be traced."""
-    scale = as_array("scale_value", scale_value)
-    if (
-        scale is None
-        or scale.size != 1
-        or not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer))
-    ):
+    # NumPy's 64-bit scalars too: 1 / np.sqrt(D) is one, and a float32 attribute is what the operator makes of it.
+    scale = scale_value if isinstance(scale_value, Array) else np.asarray(scale_value)
+    if not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
         raise TypeError(f"scale_value must be one real number, got {scale_value!r}")
-    return scale.astype(jnp.float32).reshape(())
+    if scale.size != 1:
+        fail("scale_value is one real number for all", expected="shape () or (1,)", got=scale.shape)
+    return jnp.asarray(scale, jnp.float32).reshape(())
 
 
 def check_inner_precise(inner_precise: Any) -> bool:

@@ -41,10 +41,13 @@ def as_integers(name: str, value: Any) -> Array | np.ndarray | None:
         array = value
     elif isinstance(value, Sequence) and any(isinstance(item, jax.Array) for item in value):
         array = jnp.stack([jnp.asarray(item) for item in value])
-    elif isinstance(value, Sequence) and not len(value):
-        array = np.zeros(0, np.int64)
     else:
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of different lengths
+            fail(f"{name} holds integers", expected="one row of them", got=repr(value))
+        if array.size == 0:  # NumPy gives an empty list a floating point dtype
+            array = array.astype(np.int64)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
     return array

@@ -27,6 +27,9 @@ def attend_dense(operands: Operands) -> tuple[Array, Array]:
         return jnp.where(inside[:, None, :, None], rows.astype(jnp.float32), 0.0)
 
     key, value = visible(kv.key, key_table), visible(kv.value, value_table)
+    if operands.mask is not None:
+        masked = repeat_rows(operands.mask[:, :capacity], batch).astype(bool)
+        key = jnp.where(masked[:, None, :, None], 0.0, key)  # its score is replaced, but 0 * NaN would reach the query
     query = operands.query.astype(jnp.float32) * operands.scale[:, None, None, None]
     scores = jnp.einsum("bkgd,bksd->bkgs", query, key, precision=jax.lax.Precision.HIGHEST)
     if operands.bias is not None:
@@ -41,7 +44,7 @@ def attend_dense(operands: Operands) -> tuple[Array, Array]:
     top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
     weight = jnp.where(inside, jnp.exp(jnp.where(inside, scores - top, 0.0)), 0.0)
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    some = total > 0.0
+    some = total != 0.0  # NaN, from a NaN that is visible, is passed on
     safe_total = jnp.where(some, total, 1.0)
     if operands.mask is not None:
         # Masked positions of weight 0 are dropped with their values, which may be NaN.

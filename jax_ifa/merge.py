@@ -43,7 +43,9 @@ def merge_all(out: Array, lse: Array, axis: int = 0) -> tuple[Array, Array]:
     top = jnp.where(jnp.isneginf(top), 0.0, top)  # exp(-inf - -inf) would be NaN
     weight = jnp.exp(lse - top)
     total = jnp.sum(weight, axis=axis, keepdims=True)
-    share = (weight / jnp.where(total == 0.0, 1.0, total))[..., None]
-    # Selected, not multiplied: 0 * NaN would let an unused part spoil the rest.
-    merged = jnp.sum(jnp.where(share == 0.0, 0.0, share * out.astype(jnp.float32)), axis=axis)
-    return merged, jnp.squeeze(top + jnp.log(total), axis=axis)
+    none = total == 0.0
+    total = jnp.where(none, 1.0, total)
+    share = (weight / total)[..., None]
+    # Selected before it is multiplied: 0 * NaN would let an unused part spoil the rest, or its gradient.
+    merged = jnp.sum(share * jnp.where(share == 0.0, 0.0, out.astype(jnp.float32)), axis=axis)
+    return merged, jnp.squeeze(jnp.where(none, -jnp.inf, top + jnp.log(total)), axis=axis)
