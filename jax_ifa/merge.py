@@ -6,6 +6,9 @@ With lse = log sum exp(s) of each part, and w = exp(lse - lse_total), the whole 
 
 which is associative and commutative, with (out = 0, lse = -inf), the result over no positions, as its identity. Split
 sequences, context parallelism over devices and prefixes shared by many sequences all reduce with it.
+
+One case is approximate: a row whose positions are masked in every part. Its lse is -1e12 + log(n), float32 has no room
+for log(n) beside -1e12, and so the means of the parts count equally, whatever their numbers of positions.
 """
 
 import jax.numpy as jnp
