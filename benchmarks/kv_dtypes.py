@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "examples"))
 
 from divergence import compare, teacher_forced
+from llama.caches import CacheOptions
 from llama.calibration import calibration_ids
-from llama.decoding import CacheOptions
 from llama.download import default_model
 from llama.gguf_file import GGUFFile, load_model
 from llama.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "examples"))
 
 from llamacpp_data import DATA
-from tiny_gguf import write_tiny_gguf
+from tiny_gguf import sentencepiece, write_tiny_gguf
 
 NEW_TOKENS = 64
 ROWS = 40  # of every prompt's logits, evenly spread, that are kept
@@ -46,6 +46,10 @@ def main() -> None:
         prompts = json.loads((DATA / "prompts.json").read_text())
         rows = {name: reference(model, tokenize(model, text)) for name, text in prompts.items()}
         save(DATA / "smollm2_logits.npz", rows, options.full_logits)
+
+        path = write_tiny_gguf(Path(folder) / "pieces.gguf", change_metadata=sentencepiece())
+        pieces = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        write_json(DATA / "sentencepiece_ids.json", [tokenize(pieces, s) for s in strings])
 
         tiny = open_model(write_tiny_gguf(Path(folder) / "tiny.gguf"), context=256)
         rows = {"text": reference(tiny, tokenize(tiny, "in the beginning, a café 42"), new_tokens=16)}

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from llama.caches import CacheOptions
 from llama.calibration import calibration_ids
-from llama.decoding import CacheOptions, Decoder, bucket, check_prompts
+from llama.decoding import Decoder, check_prompts
 from llama.download import DownloadError, default_model
 from llama.generation import Generation, generate
 from llama.gguf_file import GGUFFile, UnsupportedModelError, load_model
 from llama.model import Llama
+from llama.prefill import bucket
 from llama.sampling import Sampling
 from llama.tokenizer import Tokenizer
 from tqdm import tqdm
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(options)
     except (UnsupportedModelError, DownloadError, UsageError, FileNotFoundError, NotImplementedError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
 
 
 class UsageError(ValueError):

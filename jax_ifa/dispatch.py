@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
-from jax_ifa import xla
+from jax_ifa import compat, xla
 from jax_ifa.operands import Operands
 
 Result = tuple[Array, Array]
@@ -34,9 +34,25 @@ class Implementation:
     attend: Callable[[Operands], Result]
 
 
+def _tpu_unsupported_reason(operands: Operands) -> str | None:
+    if not compat.TPU_KERNEL_TESTED:
+        return "the TPU kernel has been tested on JAX 0.12 and newer only"
+    from pallas_kernels import tpu  # imported when first asked: the kernels import this package
+
+    return tpu.unsupported_reason(operands)
+
+
+def _tpu_attend(operands: Operands) -> Result:
+    from pallas_kernels import tpu
+
+    return tpu.attend(operands)
+
+
+# Not yet preferred on TPUs: it is proved under JAX's interpreter, and no machine with a TPU has run it.
+MOSAIC_TPU = Implementation("mosaic_tpu", (), _tpu_unsupported_reason, _tpu_attend)
 XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend)
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (XLA,)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_TPU, XLA)
 """In order of preference; XLA, which does everything everywhere, is last."""
 
 

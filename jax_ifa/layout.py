@@ -58,7 +58,8 @@ def view_kv(
       block_table: (B, M) int32 or None.
     """
     head_major = input_layout == "BNSD" and key.ndim == 4
-    if key.ndim == 3:
+    flat = key.ndim == 3
+    if flat:
         split = (*key.shape[:2], num_kv_heads, key.shape[2] // num_kv_heads)
         key, value = key.reshape(split), value.reshape(split)
-    return KVView(key=key, value=value, table=block_table, head_major=head_major)
+    return KVView(key=key, value=value, table=block_table, head_major=head_major, flat=flat)

@@ -31,6 +31,8 @@ class KVView:
       value_table: (B, M) int32 where values lie in other pages than keys, else None (as `table`). Only a `vmap` over
         one of key and value makes this: the other, unmapped, is then shared and not copied.
       head_major: the order of the axes above.
+      flat: the caller's arrays were (pages, P, K*D), the heads of a position side by side in one row. Kernels for tiled
+        memory read them so, and could read (pages, P, K, D) arrays only from a copy.
     """
 
     key: Array
@@ -38,6 +40,7 @@ class KVView:
     table: Array | None
     value_table: Array | None = None
     head_major: bool = dataclasses.field(default=True, metadata={"static": True})
+    flat: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def num_kv_heads(self) -> int:

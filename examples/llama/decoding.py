@@ -1,14 +1,14 @@
-"""Reading prompts and decoding tokens: a Llama, a KV cache per layer and `jax_ifa.incre_flash_attention`.
+"""Decoding: a Llama, a KV cache per layer and `jax_ifa.incre_flash_attention`, one compiled step for every token.
 
-Letters as in model.py. A batch is ragged: prompts of different lengths are padded on the right, and `lengths` (B,) says
-how many tokens each sequence holds. Everything that changes from step to step is an array, so each step runs the
-same compiled program; the caches are donated to it and written in place.
+Letters as in model.py. A batch is ragged: `lengths` (B,) says how many tokens each sequence holds. Everything that
+changes from step to step is an array, so each step runs the same compiled program; the caches are donated to it and
+written in place.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +17,10 @@ from flax import nnx
 from jax import Array
 
 from jax_ifa import incre_flash_attention
-from jax_ifa.cache import BlockAllocator, ContiguousCache, PagedCache, calibrate_antiquant
-from llama.model import Block, Llama
+from llama.caches import DEFAULT_CACHE, Blocks, Cache, CacheOptions, append, arguments
+from llama.model import Llama
+from llama.prefill import read_prompts
 from llama.sampling import GREEDY, Sampling
-
-Cache = ContiguousCache | PagedCache
-SMALLEST_BUCKET = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheOptions:
-    """How keys and values are kept.
-
-    Attributes:
-      kind: "contiguous" or "paged".
-      dtype: "float32", "bfloat16", "float16" or "int8".
-      block_size: tokens per block of a paged cache.
-      headroom: how far beyond the largest values that were seen the range of int8 reaches.
-    """
-
-    kind: Literal["contiguous", "paged"] = "contiguous"
-    dtype: str = "float32"
-    block_size: int = 64
-    headroom: float = 1.25
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -72,7 +53,7 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         *,
         capacity: int,
-        cache: CacheOptions = CacheOptions(),
+        cache: CacheOptions = DEFAULT_CACHE,
         sampling: Sampling = GREEDY,
         implementation: str | None = None,
         keep_prompt_logits: bool = False,
@@ -100,10 +81,8 @@ class Decoder:
         self._blocks = Blocks(len(prompts), capacity, cache.block_size) if cache.kind == "paged" else None
         self._grow(self.lengths)
 
-        samples = [calibration] if cache.dtype == "int8" and len(calibration) else []
-        tokens, counts = pad([*prompts, *samples])
-        hidden, caches = read_prompts(model, tokens, counts, self._table, len(prompts), capacity, cache)
-        hidden, counts = hidden[: len(prompts)], counts[: len(prompts)]
+        hidden, caches = read_prompts(model, prompts, calibration, self._table, capacity, cache)
+        counts = jnp.asarray(self.lengths, jnp.int32)
         last = jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)
         self._state = State(caches, counts, logits_of(model, last)[:, 0])
         self.prompt_logits: list[np.ndarray] = []
@@ -138,22 +117,6 @@ class Decoder:
     def _grow(self, tokens: np.ndarray) -> None:
         """Make room for more tokens in each sequence, and have the block table up to date."""
         self._table = None if self._blocks is None else self._blocks.grow(tokens)
-
-
-class Blocks:
-    """The blocks of a batch in paged caches; one table serves all layers."""
-
-    def __init__(self, batch: int, capacity: int, block_size: int):
-        self.width = -(-capacity // block_size)
-        self._allocator = BlockAllocator(batch * self.width, block_size)
-        self._sequences = [self._allocator.allocate(0) for _ in range(batch)]
-        self._table: Array | None = None
-
-    def grow(self, tokens: np.ndarray) -> Array:
-        """The (B, width) int32 block table once sequence b has tokens[b] more."""
-        for sequence, count in zip(self._sequences, tokens, strict=True):
-            self._allocator.grow(sequence, int(count))
-        return jnp.asarray(self._allocator.block_table(self._sequences, self.width))
 
 
 @functools.cache
@@ -211,115 +174,9 @@ def attend_cached(
     return out.astype(query.dtype), cache
 
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """Token ids (rows, T) padded on the right to a bucket, and how many of each row count (rows,)."""
-    counts = [len(row) for row in rows]
-    tokens = np.zeros((len(rows), bucket(max(counts))), np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = row
-    return jnp.asarray(tokens), jnp.asarray(counts, jnp.int32)
-
-
-def append(cache: Cache, key: Array, value: Array, lengths: Array, table: Array | None, counts: Array) -> Cache:
-    """The cache with new tokens; only a paged one has a block table."""
-    if isinstance(cache, ContiguousCache):
-        return cache.append(key, value, lengths, counts)
-    assert table is not None
-    return cache.append(key, value, lengths, table, counts)
-
-
-def arguments(cache: Cache, lengths: Array, table: Array | None) -> dict[str, Any]:
-    """What the attention takes of a cache; only a paged one has a block table."""
-    if isinstance(cache, ContiguousCache):
-        return cache.arguments(lengths)
-    assert table is not None
-    return cache.arguments(lengths, table)
-
-
-def read_prompts(
-    model: Llama, tokens: Array, counts: Array, table: Array | None, batch: int, capacity: int, options: CacheOptions
-) -> tuple[Array, tuple[Cache, ...]]:
-    """Last hidden states (R, T, hidden_size) of padded rows (R, T), and caches that hold the first B of them.
-
-    Further rows only show an int8 cache what to expect. All layers are alike, so one compiled program serves each of
-    them: much less to compile than one for the whole model, and it happens once for each bucket of lengths.
-    """
-    x = model.embedding(tokens)
-    rotation = model.rotary(jnp.arange(tokens.shape[1])[None])
-    caches = []
-    for block in model.blocks:
-        graphdef, weights = nnx.split(block)
-        x, cache = read_layer(
-            graphdef, weights, x, rotation, counts, table, batch=batch, capacity=capacity, options=options
-        )
-        caches.append(cache)
-    return x, tuple(caches)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "batch", "capacity", "options"))
-def read_layer(
-    graphdef: nnx.GraphDef[Block],
-    weights: nnx.State,
-    x: Array,
-    rotation: tuple[Array, Array],
-    counts: Array,
-    table: Array | None,
-    *,
-    batch: int,
-    capacity: int,
-    options: CacheOptions,
-) -> tuple[Array, Cache]:
-    """One block over whole rows, and its cache."""
-    x, (key, value) = nnx.merge(graphdef, weights)(x, rotation, attend_causal)
-    scale = None
-    if options.dtype == "int8":
-        scale, _ = calibrate_antiquant(key, value, counts=counts, headroom=options.headroom)
-    cache = create_cache(key.shape[1], key.shape[3], batch, capacity, options, scale)
-    counts = counts[:batch]
-    return x, append(cache, key[:batch], value[:batch], jnp.zeros_like(counts), table, counts)
-
-
-def create_cache(
-    num_kv_heads: int, head_dim: int, batch: int, capacity: int, options: CacheOptions, scale: Array | None
-) -> Cache:
-    """An empty cache for one layer."""
-    heads = (num_kv_heads, head_dim, jnp.dtype(options.dtype))
-    if options.kind == "contiguous":
-        return ContiguousCache.create(batch, capacity, *heads, antiquant_scale=scale)
-    blocks = batch * -(-capacity // options.block_size)
-    return PagedCache.create(blocks, options.block_size, *heads, antiquant_scale=scale)
-
-
-def attend_causal(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-    """Dense causal attention over the prompt itself; keeps the keys and values.
-
-    Padding is on the right, where no real token looks. In tiles of queries, each against the keys up to its end, so
-    that the scores of long prompts fit in memory and their empty half is mostly not computed.
-    """
-    batch, _, length, head_dim = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, length, head_dim) * head_dim**-0.5
-    tile = max(256, -(-length // 8))
-    outputs = []
-    for start in range(0, length, tile):
-        stop = min(start + tile, length)
-        scores = jnp.einsum("bkgqd,bksd->bkgqs", grouped[..., start:stop, :], key[:, :, :stop])
-        visible = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
-        weights = jax.nn.softmax(scores, axis=-1, where=visible[None, None, None])
-        outputs.append(jnp.einsum("bkgqs,bksd->bkgqd", weights, value[:, :, :stop]))
-    return jnp.concatenate(outputs, axis=3).reshape(query.shape), (key, value)
-
-
 def logits_of(model: Llama, hidden: Array) -> Array:
     """Logits (B, T, vocab_size) of last hidden states (B, T, hidden_size)."""
     return model.head(hidden, model.embedding)
-
-
-def bucket(length: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that is not below a length: few shapes, little padding."""
-    size = SMALLEST_BUCKET
-    while size < length:
-        size += size // 2 if size & (size - 1) == 0 else size // 3
-    return size
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], capacity: int, context_length: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llama.gguf_file import Metadata, UnsupportedModelError
 
@@ -30,7 +30,8 @@ class Tokenizer:
         self.tokens: list[str] = metadata["tokenizer.ggml.tokens"]
         self._backend = build_backend(metadata)
         self._template = metadata.get("tokenizer.chat_template")
-        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.pre"] == "llama-bpe")
+        usual = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", usual)
         self.bos_id: int | None = metadata["tokenizer.ggml.bos_token_id"] if adds_bos else None
         self.end_ids = end_ids(metadata, self.tokens)
         self._special = {
@@ -77,25 +78,58 @@ class TextStream:
 
 
 def build_backend(metadata: Metadata) -> tokenizers.Tokenizer:
-    """Byte-level BPE with the pre-tokenizer that the file names; UnsupportedModelError for other kinds."""
-    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "unnamed")
-    if kind != "gpt2":
-        raise UnsupportedModelError(f"expected a tokenizer of the kind 'gpt2' (byte-level BPE), the file has {kind!r}")
+    """The tokenizer that the file describes; UnsupportedModelError for kinds other than these two."""
+    kinds = {"gpt2": byte_level_bpe, "llama": sentencepiece_bpe}
+    kind = metadata["tokenizer.ggml.model"]
+    if kind not in kinds:
+        raise UnsupportedModelError(f"expected a tokenizer of the kind 'gpt2' or 'llama', the file has {kind!r}")
+    backend = kinds[kind](metadata)
+    for token, kind in zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True):
+        if kind == CONTROL:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False)])
+    return backend
+
+
+def byte_level_bpe(metadata: Metadata) -> tokenizers.Tokenizer:
+    """The kind of SmolLM2 and Llama 3: merges of bytes, in words cut by the pre-tokenizer that the file names."""
+    pre = metadata.get("tokenizer.ggml.pre", "unnamed")
     if pre not in PRE_TOKENIZERS:
         names = ", ".join(map(repr, PRE_TOKENIZERS))
         raise UnsupportedModelError(f"expected a pre-tokenizer among {names}, the file has {pre!r}")
-    tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    model = models.BPE(vocabulary(metadata), merges, ignore_merges=pre == "llama-bpe")
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     backend.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, types, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            special = AddedToken(token, special=kind == CONTROL, normalized=False)
-            (backend.add_special_tokens if kind == CONTROL else backend.add_tokens)([special])
     return backend
+
+
+def sentencepiece_bpe(metadata: Metadata) -> tokenizers.Tokenizer:
+    """The kind of Llama 1 and 2: merges of characters, best score first; what is left unknown falls back to bytes.
+
+    The file lists scores of pieces and no merges: a piece can come of any two pieces that it is made of.
+    """
+    ids, scores = vocabulary(metadata), metadata["tokenizer.ggml.scores"]
+    ranked = sorted(
+        (-scores[index], index, piece[:cut], piece[cut:])
+        for piece, index in ids.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    )
+    unknown = metadata["tokenizer.ggml.tokens"][metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    model = models.BPE(ids, [(a, b) for *_, a, b in ranked], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    prefix = [normalizers.Prepend("\u2581")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def vocabulary(metadata: Metadata) -> dict[str, int]:
+    """Ids by token."""
+    return {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
 
 
 PRE_TOKENIZERS: Mapping[str, list[Any]] = {

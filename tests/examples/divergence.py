@@ -1,7 +1,8 @@
 """How far the logits of one cache are from another's, over the same tokens."""
 
 import numpy as np
-from llama.decoding import CacheOptions, Decoder
+from llama.caches import CacheOptions
+from llama.decoding import Decoder
 from llama.model import Llama
 
 

@@ -32,6 +32,7 @@ class Reference:
 
     def difference(self, logits: np.ndarray, stride: int = STRIDE) -> float:
         """The largest difference to (tokens, vocabulary) logits, over all that the reference keeps of them."""
-        rows = logits[self.rows]
-        best = np.abs(np.take_along_axis(rows, self.top_ids, axis=-1) - self.top_logits)
-        return float(max(best.max(), np.abs(rows[:, ::stride] - self.strided_logits).max()))
+        kept = self.rows < len(logits)
+        rows = logits[self.rows[kept]]
+        best = np.abs(np.take_along_axis(rows, self.top_ids[kept], axis=-1) - self.top_logits[kept])
+        return float(max(best.max(), np.abs(rows[:, ::stride] - self.strided_logits[kept]).max()))

@@ -1,6 +1,7 @@
 """The command line, run on a tiny model as a user would, and once on the real one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,7 +217,9 @@ def test_tied_embeddings(run, tmp_path):
 def test_the_script_on_the_real_model(smollm2_file, prompts, references):
     script = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
     arguments = ["--model", smollm2_file.path, "--raw", "--prompt", prompts["short"], "--max-new-tokens", "8", "--json"]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # whichever way jax_ifa is found here
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr
     answer = last_object(done.stdout)
     assert answer["prompt_ids"] == references["short"].prompt_ids.tolist()
     assert answer["token_ids"] == references["short"].token_ids[:8].tolist()

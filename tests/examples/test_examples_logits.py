@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llama.decoding import CacheOptions, Decoder
+from llama.caches import CacheOptions
+from llama.decoding import Decoder
 from llama.generation import generate
 from llama.gguf_file import GGUFFile, load_model
 from llama.tokenizer import Tokenizer
@@ -36,10 +37,10 @@ def test_each_prompt_alone(smollm2, references, name, kind):
 def test_prompts_of_different_lengths_as_one_batch(smollm2, references, kind):
     chosen = [references[name] for name in ("short", "chat", "code")]
     prompts = [reference.prompt_ids for reference in chosen]
-    token_ids, logits = run(smollm2, prompts, CacheOptions(kind, block_size=16), NEW_TOKENS, capacity=128)
+    token_ids, logits = run(smollm2, prompts, CacheOptions(kind, block_size=16), 24, capacity=128)
     for reference, ids, rows in zip(chosen, token_ids, logits, strict=True):
         assert reference.difference(rows) <= TOLERANCE
-        assert ids == reference.token_ids.tolist()
+        assert ids == reference.token_ids[:24].tolist()
 
 
 def test_the_reference_covers_prompts_of_up_to_400_tokens(references):

@@ -4,7 +4,7 @@ import pytest
 from llama.gguf_file import Metadata, UnsupportedModelError
 from llama.tokenizer import Tokenizer
 from llamacpp_data import read_json
-from tiny_gguf import metadata
+from tiny_gguf import metadata, sentencepiece
 
 STRINGS = read_json("tokenizer_strings.json")
 IDS = read_json("tokenizer_ids.json")
@@ -66,10 +66,17 @@ def test_bos_is_added_once_where_the_file_asks_for_it():
     assert tokenizer.encode("<|im_start|>the") == tokenizer.encode("the")
 
 
+@pytest.mark.parametrize("text, ids", list(zip(STRINGS, read_json("sentencepiece_ids.json"), strict=True)), ids=repr)
+def test_pieces_with_scores_give_the_ids_of_llama_cpp(text, ids):
+    tokenizer = make(sentencepiece())
+    assert tokenizer.encode(text) == [tokenizer.bos_id, *ids]
+    assert tokenizer.decode(ids).strip() == text.strip()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tokenizer.ggml.model": "llama"}, "expected a tokenizer of the kind 'gpt2'.* the file has 'llama'"),
+        ({"tokenizer.ggml.model": "bert"}, "expected a tokenizer of the kind 'gpt2' or 'llama', the file has 'bert'"),
         ({"tokenizer.ggml.pre": "deepseek-coder"}, "expected a pre-tokenizer among .*'smollm'.* 'deepseek-coder'"),
         ({"tokenizer.ggml.pre": None}, "the file has 'unnamed'"),
         ({"tokenizer.ggml.merges": None}, "lacks the required key 'tokenizer.ggml.merges'"),

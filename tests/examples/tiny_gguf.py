@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FEED_FORWARD, LAYERS = 4, 2, 16, 32, 48, 2
 CONTEXT = 256
-CONTROL, NORMAL = 3, 1
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "Ġ t", "Ġt he", "i n", "Ġ a"]
 CHAT_TEMPLATE = (
@@ -48,6 +48,24 @@ def metadata() -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def sentencepiece() -> dict[str, Any]:
+    """Changes to `metadata` for a tokenizer of the other kind: pieces with scores, and bytes for all else."""
+    special = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL} | {f"<0x{byte:02X}>": BYTE for byte in range(256)}
+    pieces = [*"▁etaoinshrdlué", "▁t", "he", "in", "th", "▁the", "▁a", "er", "▁in", "on", "re", "the"]
+    pieces += ["▁there", "▁s", "▁an", "nd", "▁and", "中"]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [*special, *pieces],
+        "tokenizer.ggml.token_type": [*special.values()] + [NORMAL] * len(pieces),
+        "tokenizer.ggml.scores": [0.0] * len(special) + [-float(rank) for rank in range(len(pieces))],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": None,
+        "llama.vocab_size": len(special) + len(pieces),
     }
 
 

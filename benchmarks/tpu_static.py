@@ -1,0 +1,186 @@
+"""Static cost of the TPU kernel, without a TPU: cycles per tile against the time its bytes take at specified bandwidth.
+
+    python -m benchmarks.tpu_static            # every generation and case, into benchmarks/results/tpu_static.{json,md}
+    python -m benchmarks.tpu_static v6e tpu7x  # some generations
+
+libtpu compiles the kernel for a TPU that need not be there, and simulates the program it made: it follows the scalar
+code, unrolls the loops and adds up what each bundle of instructions waits for. Lengths must be known, so the kernel
+is built here with the window's ends replaced by constants. The cost of a tile is the slope between two lengths, so
+what happens once per call drops out.
+
+What this does not know: how much of the specified bandwidth the memory gives,
+how long copies of a few KiB keep the copy engines busy, the cost of waiting on a semaphore, and clocks (taken from
+published peak rates). A ratio below 1 says that the kernel's own instructions leave the memory busy all the time; it
+says nothing about the speed of the memory.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from tpu_compile import ENVIRONMENT, TOPOLOGIES, Call  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+TILES = (6, 18)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Per TensorCore. Bandwidth in bytes/s as specified (half the chip's where it has two cores), clock in Hz."""
+
+    bandwidth: float
+    clock: float
+    goal_bfloat16: float
+    goal_int8: float | None
+
+
+CHIPS = {
+    "v5e": Chip(819e9, 1.5e9, 0.8, 0.9),
+    "v5p": Chip(2765e9 / 2, 1.75e9, 0.8, 0.9),
+    "v6e": Chip(1640e9, 1.75e9, 0.8, 0.9),
+    "tpu7x": Chip(7370e9 / 2, 2.2e9, 0.9, None),
+}
+
+HEADS = [  # (N, K, D)
+    (32, 8, 128),
+    (16, 8, 128),
+    (32, 32, 128),
+    (32, 4, 128),
+    (32, 1, 128),
+    (32, 8, 64),
+    (32, 32, 64),
+    (16, 2, 256),
+]
+
+
+def cases() -> list[Call]:
+    """Dtype x layout x block size x heads, as far as the kernel reads it in place."""
+    rows = []
+    for cache in ("bfloat16", "int8"):
+        small = 32 if cache == "int8" else 16
+        for heads, kv_heads, head_dim in HEADS:
+            shape = dict(batch=1, heads=heads, kv_heads=kv_heads, head_dim=head_dim, cache=cache)
+            for block in (small, 128):
+                rows.append(Call(**shape, layout="BSH", block=block))
+                if head_dim % 128 == 0 or block == 128:
+                    rows.append(Call(**shape, layout="BNSD", block=block))
+            rows.append(Call(**shape, layout="BSH"))
+            rows.append(Call(**shape, layout="BNSD"))
+    return rows
+
+
+class Constant:
+    """Stands for a reference to scalar memory whose every element is known."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def __getitem__(self, _: Any) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.int32(self.value)
+
+
+def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str, Any]) -> None:
+    """Compiles the call for a window of exactly so many tiles, known to the compiler; prints the plan's tile."""
+    from pallas_kernels.tpu import launch, lowering
+    from pallas_kernels.tpu.tuning import tuning_for
+
+    kernel = launch.decode_kernel
+
+    def static_kernel(start: Any, stop: Any, *refs: Any, plan: Any, **rest: Any) -> None:
+        del start, stop
+        print(json.dumps(dataclasses.asdict(plan) | {"tile": plan.tile}), flush=True)
+        kernel(Constant(0), Constant(tiles * plan.tile), *refs, plan=plan, **rest)
+
+    launch.decode_kernel = static_kernel  # type: ignore[assignment]
+    lowering.tuning_for = lambda kind: dataclasses.replace(tuning_for(kind), cores=1, **overrides)  # type: ignore[assignment]
+    dataclasses.replace(call, capacity=max(TILES) * 4096).compile(TOPOLOGIES[generation])
+
+
+def estimate(generation: str, call: Call, tiles: int, overrides: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """libtpu's estimated cycles of a call over so many tiles, and the plan, from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        request = json.dumps([generation, dataclasses.asdict(call), tiles, overrides])
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks.tpu_static", "--child", request],
+            env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        # The process may end badly after it has written the profile: the simulator does not know some instructions.
+        profiles = list(Path(folder).glob("incre_flash_attention*profile.textproto"))
+        found = re.search(r"estimated_cycles: (\d+)", profiles[0].read_text()) if profiles else None
+        if found is None:
+            raise RuntimeError(f"{generation} {call}: libtpu wrote no profile")
+        return int(found[1]), json.loads(process.stdout.splitlines()[-1])
+
+
+def measure(generation: str, call: Call, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One row of the table."""
+    import jax.numpy as jnp
+
+    chip = CHIPS[generation]
+    (few, plan), (many, _) = (estimate(generation, call, tiles, overrides or {}) for tiles in TILES)
+    cycles = (many - few) / (TILES[1] - TILES[0])
+    tile_bytes = 2 * plan["tile"] * plan["item_heads"] * call.head_dim * jnp.dtype(call.cache).itemsize
+    budget = tile_bytes / chip.bandwidth * chip.clock
+    return {
+        "chip": generation,
+        "cache": call.cache,
+        "layout": call.layout,
+        "block": call.block or "-",
+        "N": call.heads,
+        "K": call.kv_heads,
+        "D": call.head_dim,
+        "T": plan["tile"],
+        "tile KiB": tile_bytes // 1024,
+        "cycles": round(cycles),
+        "memory cycles": round(budget),
+        "ratio": round(cycles / budget, 2),
+    }
+
+
+def main(
+    generations: Annotated[list[str] | None, typer.Argument(help="Of v5e, v5p, v6e, tpu7x; all by default.")] = None,
+    child: Annotated[str | None, typer.Option(hidden=True)] = None,
+    only: Annotated[str, typer.Option(help="Cases whose description contains this; prints, and writes nothing.")] = "",
+    override: Annotated[str, typer.Option(help="JSON of Tuning fields to try; prints, and writes nothing.")] = "{}",
+) -> None:
+    """Static cycles per tile for every generation and case."""
+    if child:
+        generation, fields, tiles, overrides = json.loads(child)
+        compile_static(generation, Call(**fields), tiles, overrides)
+        return
+    rows = []
+    for generation in generations or CHIPS:
+        for call in cases():
+            if only not in str(call):
+                continue
+            try:
+                rows.append(measure(generation, call, json.loads(override)))
+            except RuntimeError as error:
+                print(error, file=sys.stderr, flush=True)
+                continue
+            print(*rows[-1].values(), flush=True)
+    if not only and override == "{}":
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "tpu_static.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (RESULTS / "tpu_static.md").write_text(tabulate(rows, headers="keys", tablefmt="github") + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,395 @@
+"""The kernel: one pass over the tiles of every item, fetching ahead across items.
+
+Each core runs `items / cores` grid steps. A step is one item; in it a loop runs over the tiles of the item's window.
+The fetches run ahead of that loop: a cursor (item, tile), kept in scalar memory, names the tile to fetch next, and goes
+on into the following items, so that memory is never idle between sequences. A slot is refilled only in the step after
+the one that read it.
+
+Two versions of the loop body. The hot one is for a tile that lies wholly inside its window while the tile to fetch next
+does too: no masks, every copy started in straight line, one wait for all of them. The edge one is for the rest: it
+copies exactly the chunks that the window touches, and replaces whatever lies outside it before it meets arithmetic,
+since 0 * NaN is NaN.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_ifa.masking import MASK_VALUE
+from pallas_kernels.tpu.plan import Plan
+from pallas_kernels.tpu.storage import LANES
+
+ROW_GROUP = 8
+"""Rows of a tile in HBM. Both sides of a copy are viewed in groups of 8 rows, or their tilings differ."""
+
+
+class Refs(NamedTuple):
+    """Where everything is. Optional ones are None where the plan has no use for them.
+
+    start, stop: (items,) int32, scale: (items,) float32, table: (B * M,) int32, all in scalar memory.
+    query: (1, 1, groups, query_terms * rows, width) of this item, in VMEM.
+    key, value: the caches in HBM. mask: (R, 1, S) float32, bias: (R, head_blocks, groups * rows, S), in HBM.
+    out: (1, groups, rows, width), lse: (1, groups * rows, 128), of this item.
+    *_tile: the slots of VMEM that copies land in. semaphores: (slots, 4).
+    cursor: (3,) int32 in scalar memory: the slot to read next, and the item and tile to fetch next.
+    top, total: (groups * rows, 128) float32, running maximum and sum, the same in every lane.
+    accumulator: (groups * rows, width) float32.
+    """
+
+    start: Any
+    stop: Any
+    scale: Any
+    table: Any
+    query: Any
+    key: Any
+    value: Any
+    mask: Any
+    bias: Any
+    out: Any
+    lse: Any
+    key_tile: Any
+    value_tile: Any
+    mask_tile: Any
+    bias_tile: Any
+    semaphores: Any
+    cursor: Any
+    top: Any
+    total: Any
+    accumulator: Any
+
+
+KEY, VALUE, MASK, BIAS = range(4)  # columns of the semaphores
+
+
+def split_bfloat16(x: Array, terms: int) -> list[Array]:
+    """A float32 array as `terms` bfloat16 arrays whose sum it is, to 8 bits per term; three are exact.
+
+    The low bits are cut off, not rounded, through integers: a compiler may take a rounding there and back for nothing.
+    """
+    parts = []
+    for _ in range(terms):
+        head = lax.bitcast_convert_type(
+            lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32
+        )  # the upper 16 bits
+        parts.append(head.astype(jnp.bfloat16))
+        x = x - head
+    return parts
+
+
+def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) -> None:
+    """See the module. `refs` are those of `Refs` that the plan has, in that order."""
+    absent = {
+        "table": plan.table_width == 0,
+        "mask": not plan.masked,
+        "mask_tile": not plan.masked,
+        "bias": not plan.biased,
+        "bias_tile": not plan.biased,
+    }
+    given = iter(refs)
+    r = Refs(*(None if absent.get(name) else next(given) for name in Refs._fields))
+    fetch = _Fetch(r, plan, rows_of_bias, rows_of_mask)
+    per_core = plan.items // plan.tuning.cores
+    item = pl.program_id(0) * per_core + pl.program_id(1)
+    end_item = (pl.program_id(0) + 1) * per_core
+    slots = plan.tuning.slots
+
+    @pl.when(pl.program_id(1) == 0)
+    def _fill() -> None:
+        next_item, next_tile = item, fetch.first_tile(item)
+        for slot in range(slots - 1):
+
+            @pl.when(next_item < end_item)
+            def _start(next_item: Any = next_item, next_tile: Any = next_tile, slot: Any = slot) -> None:
+                fetch.start_some(next_item, next_tile, slot)
+
+            next_item, next_tile = fetch.advance(next_item, next_tile, end_item)
+        r.cursor[0] = jnp.int32(0)
+        r.cursor[1], r.cursor[2] = next_item, next_tile
+
+    r.top[...] = jnp.full_like(r.top, -jnp.inf)
+    r.total[...] = jnp.zeros_like(r.total)
+    r.accumulator[...] = jnp.zeros_like(r.accumulator)
+
+    def visit(tile: Array, _: None) -> None:
+        slot, next_item, next_tile = r.cursor[0], r.cursor[1], r.cursor[2]
+        freed = jnp.where(slot == 0, slots - 1, slot - 1)  # read in the step before
+        more = next_item < end_item
+        next_item = jnp.minimum(next_item, end_item - 1)
+        hot = fetch.is_full(item, tile) & more & fetch.is_full(next_item, next_tile)
+        following = fetch.advance(next_item, next_tile, end_item)
+        r.cursor[0] = jnp.where(slot == slots - 1, 0, slot + 1)
+        r.cursor[1] = jnp.where(more, following[0], end_item)
+        r.cursor[2] = following[1]
+
+        @pl.when(hot)
+        def _hot() -> None:
+            fetch.wait_full(slot)
+            fetch.start_full(next_item, next_tile, freed)
+            _accumulate(r, plan, item, tile, slot, edge=False)
+
+        @pl.when(jnp.logical_not(hot))
+        def _edge() -> None:
+            @pl.when(more)
+            def _start() -> None:
+                fetch.start_some(next_item, next_tile, freed)
+
+            fetch.wait_some(item, tile, slot)
+            _accumulate(r, plan, item, tile, slot, edge=True)
+
+    lax.fori_loop(fetch.first_tile(item), fetch.end_tile(item), visit, None)
+
+    total = r.total[...]
+    some = total > 0.0
+    safe = jnp.where(some, total, 1.0)
+    r.lse[0] = jnp.where(some, r.top[...] + jnp.log(safe), -jnp.inf)
+    out = jnp.where(some[:, :1], r.accumulator[...] / safe[:, :1], 0.0)
+    r.out[0] = out.reshape(r.out.shape[1:])
+
+
+class _Fetch:
+    """The copies from HBM: which chunks a tile has, and starting and awaiting them."""
+
+    def __init__(self, refs: Refs, plan: Plan, rows_of_bias: int, rows_of_mask: int):
+        self.refs, self.plan = refs, plan
+        self.rows_of = {BIAS: rows_of_bias, MASK: rows_of_mask}
+
+    def first_tile(self, item: Array) -> Array:
+        return lax.div(self.refs.start[item], self.plan.tile)
+
+    def end_tile(self, item: Array) -> Array:
+        """At least one tile, so that the cursor and the loop agree on items without positions too."""
+        return jnp.maximum(pl.cdiv(self.refs.stop[item], self.plan.tile), self.first_tile(item) + 1)
+
+    def is_full(self, item: Array, tile: Array) -> Array:
+        """Whether the tile lies wholly inside the item's window."""
+        begin = tile * self.plan.tile
+        return (self.refs.start[item] <= begin) & (begin + self.plan.tile <= self.refs.stop[item])
+
+    def advance(self, item: Array, tile: Array, end_item: Array) -> tuple[Array, Array]:
+        """The tile after this one, in this item or the next."""
+        known = jnp.minimum(item, end_item - 1)
+        last = tile + 1 >= self.end_tile(known)
+        following = jnp.minimum(item + 1, end_item - 1)
+        return jnp.where(last, item + 1, item), jnp.where(last, self.first_tile(following), tile + 1)
+
+    def _chunks(self, item: Array, tile: Array) -> tuple[Array, Array]:
+        """The chunks [low, high) of the tile that the window touches."""
+        plan, begin = self.plan, tile * self.plan.chunks
+        low = jnp.clip(lax.div(self.refs.start[item], plan.chunk) - begin, 0, plan.chunks)
+        high = jnp.clip(pl.cdiv(self.refs.stop[item], plan.chunk) - begin, 0, plan.chunks)
+        return low, high
+
+    def _place(self, item: Array) -> tuple[Array, Array]:
+        """The item's sequence and block of heads."""
+        row = lax.div(item, self.plan.head_blocks)
+        return lax.rem(row, self.plan.batch), lax.rem(item, self.plan.head_blocks)
+
+    def _copies(self, item: Array, tile: Array, j: Any, slot: Array) -> list[Any]:
+        """The copies of chunk j of the tile, of keys and of values."""
+        plan, refs = self.plan, self.refs
+        sequence, block = self._place(item)
+        index = tile * plan.chunks + j
+        page_index, part = (
+            (index, 0)
+            if plan.chunks_per_page == 1
+            else (
+                lax.div(index, plan.chunks_per_page),
+                lax.rem(index, plan.chunks_per_page),
+            )
+        )
+        page = sequence if refs.table is None else refs.table[sequence * plan.table_width + page_index]
+        offset = part * plan.chunk
+        heads = pl.ds(block * plan.item_heads, plan.item_heads)
+        copies = []
+        for pages, tiles, which in ((refs.key, refs.key_tile, KEY), (refs.value, refs.value_tile, VALUE)):
+            match plan.form:
+                case "heads":
+                    source = pages.at[page, heads, pl.ds(offset, plan.chunk)]
+                case "columns":
+                    source = pages.at[page, heads, :, pl.ds(pl.multiple_of(offset, LANES), plan.chunk)]  # type: ignore[arg-type]
+                case "lanes":
+                    width = plan.item_heads * plan.head_dim
+                    lanes = pl.ds(pl.multiple_of(block * width, LANES) if plan.head_blocks > 1 else 0, width)
+                    if plan.row_groups:
+                        rows = pl.ds(lax.div(offset, ROW_GROUP), plan.chunk // ROW_GROUP)
+                        source = pages.at[page, rows, :, lanes]
+                    else:
+                        source = pages.at[page, pl.ds(offset, plan.chunk), lanes]
+            copies.append(pltpu.make_async_copy(source, tiles.at[slot, j], refs.semaphores.at[slot, which]))
+        return copies
+
+    def _row_copies(self, item: Array, tile: Array, slot: Array) -> list[Any]:
+        """The copies of the mask's and the bias's part of a tile."""
+        plan, refs, copies = self.plan, self.refs, []
+        sequence, block = self._place(item)
+        positions = pl.ds(pl.multiple_of(tile * plan.tile, LANES), plan.tile)
+        if plan.masked:
+            source = refs.mask.at[lax.rem(sequence, self.rows_of[MASK]), :, positions]
+            copies.append(pltpu.make_async_copy(source, refs.mask_tile.at[slot], refs.semaphores.at[slot, MASK]))
+        if plan.biased:
+            source = refs.bias.at[lax.rem(sequence, self.rows_of[BIAS]), block, :, positions]
+            copies.append(pltpu.make_async_copy(source, refs.bias_tile.at[slot], refs.semaphores.at[slot, BIAS]))
+        return copies
+
+    def start_full(self, item: Array, tile: Array, slot: Array) -> None:
+        for j in range(self.plan.chunks):
+            for copy in self._copies(item, tile, j, slot):
+                copy.start()
+        for copy in self._row_copies(item, tile, slot):
+            copy.start()
+
+    def start_some(self, item: Array, tile: Array, slot: Array) -> None:
+        low, high = self._chunks(item, tile)
+
+        def start(j: Array, _: None) -> None:
+            for copy in self._copies(item, tile, j, slot):
+                copy.start()
+
+        lax.fori_loop(low, high, start, None)
+
+        @pl.when(low < high)
+        def _rows() -> None:
+            for copy in self._row_copies(item, tile, slot):
+                copy.start()
+
+    def wait_full(self, slot: Array) -> None:
+        """One wait for all copies into a slot: a semaphore counts bytes."""
+        refs = self.refs
+        for tiles, which in ((refs.key_tile, KEY), (refs.value_tile, VALUE)):
+            pltpu.make_async_copy(tiles.at[slot], tiles.at[slot], refs.semaphores.at[slot, which]).wait()
+        self._wait_rows(slot)
+
+    def wait_some(self, item: Array, tile: Array, slot: Array) -> None:
+        low, high = self._chunks(item, tile)
+        refs = self.refs
+
+        def wait(j: Array, _: None) -> None:
+            for tiles, which in ((refs.key_tile, KEY), (refs.value_tile, VALUE)):
+                landed = tiles.at[slot, j]
+                pltpu.make_async_copy(landed, landed, refs.semaphores.at[slot, which]).wait()
+
+        lax.fori_loop(low, high, wait, None)
+
+        @pl.when(low < high)
+        def _rows() -> None:
+            self._wait_rows(slot)
+
+    def _wait_rows(self, slot: Array) -> None:
+        refs = self.refs
+        for tiles, which in ((refs.mask_tile, MASK), (refs.bias_tile, BIAS)):
+            if tiles is not None:
+                pltpu.make_async_copy(tiles.at[slot], tiles.at[slot], refs.semaphores.at[slot, which]).wait()
+
+
+def _accumulate(r: Refs, plan: Plan, item: Array, tile: Array, slot: Array, *, edge: bool) -> None:
+    """One tile into the running softmax: all scores, one softmax over them, then all products with the values.
+
+    All heads go through each stage together: one head at a time would wait for the matrix unit's latency each time.
+    """
+    begin = tile * plan.tile
+    low, high = r.start[item] - begin, r.stop[item] - begin  # the window, in positions of this tile
+
+    def inside(shape: tuple[int, int], axis: int) -> Array:
+        position = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (low <= position) & (position < high)
+
+    scores = jnp.concatenate([_scores(r, plan, slot, group) for group in range(plan.groups)], axis=0)
+    scores = scores * r.scale[item]
+    if plan.biased:
+        scores = scores + r.bias_tile[slot].astype(jnp.float32)
+    if plan.masked:
+        scores = jnp.where(r.mask_tile[slot] != 0.0, jnp.float32(MASK_VALUE), scores)
+    if edge:
+        scores = jnp.where(inside((1, plan.tile), 1), scores, -jnp.inf)
+
+    top = r.top[...]
+    new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+    finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # exp(-inf - -inf) would be NaN
+    weights = jnp.exp(scores - finite_top[:, :1])
+    decay = jnp.exp(top - finite_top)
+    r.top[...] = new_top
+    r.total[...] = r.total[...] * decay + jnp.sum(weights, axis=1, keepdims=True)
+
+    # Positions without weight are dropped with their values, which may be NaN. Without a mask or a bias only those
+    # outside the window are.
+    selects = jnp.issubdtype(r.value_tile.dtype, jnp.floating)
+    by_weight = selects and (plan.masked or plan.biased)
+    # Narrowed all at once: a 16-bit tile has rows of two groups.
+    wide = r.value_tile.dtype == jnp.float32
+    terms = [weights] if wide else _narrowed(weights, plan.weight_terms)
+    products = []
+    for group in range(plan.groups):
+        rows = slice(group * plan.rows, (group + 1) * plan.rows)
+        value = _load(r.value_tile, plan, slot, group)
+        if by_weight:
+            used = jnp.max(weights[rows], axis=0, keepdims=True) > 0.0  # (1, tile)
+            value = _select(value, used if plan.form == "columns" else _as_column(used))
+        elif edge and selects:
+            shape = (1, plan.tile) if plan.form == "columns" else (plan.tile, 1)
+            value = _select(value, inside(shape, shape.index(plan.tile)))
+        products.append(_weighted_sum([term[rows] for term in terms], value, plan))
+    accumulated = r.accumulator[...] * decay[:, :1]
+    if by_weight:  # what a fully masked beginning has gathered vanishes, NaN or not
+        accumulated = jnp.where(decay[:, :1] == 0.0, 0.0, accumulated)
+    r.accumulator[...] = accumulated + jnp.concatenate(products, axis=0)
+
+
+def _load(tiles: Any, plan: Plan, slot: Array, group: int) -> Array:
+    """The tile of one group of heads, ready for the matrix unit: (tile, width), or (width, tile) in columns."""
+    heads = range(group * plan.packed, (group + 1) * plan.packed)
+    dtype = jnp.bfloat16 if tiles.dtype == jnp.int8 else tiles.dtype
+    match plan.form:
+        case "heads":
+            parts = [tiles[slot, :, h].reshape(plan.tile, plan.head_dim) for h in heads]
+            tile = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        case "lanes":
+            lanes = slice(group * plan.width, (group + 1) * plan.width)
+            tile = tiles[slot, ..., lanes].reshape(plan.tile, plan.width)
+        case "columns":
+            columns = []
+            for j in range(plan.chunks):
+                stacked = [tiles[slot, j, h] for h in heads]
+                columns.append(stacked[0] if len(stacked) == 1 else jnp.concatenate(stacked, axis=0))
+            tile = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
+    return tile.astype(dtype)
+
+
+def _scores(r: Refs, plan: Plan, slot: Array, group: int) -> Array:
+    """q . k for one group of heads: (rows, tile) float32, unscaled."""
+    key = _load(r.key_tile, plan, slot, group)
+    terms = _dot(r.query[0, 0, group], key, transposed=plan.form != "columns")
+    return functools.reduce(jnp.add, (terms[i * plan.rows : (i + 1) * plan.rows] for i in range(plan.query_terms)))
+
+
+def _narrowed(weights: Array, terms: int) -> list[Array]:
+    """float32 weights as bfloat16: rounded, or as several numbers that lose nothing."""
+    return [weights.astype(jnp.bfloat16)] if terms == 1 else split_bfloat16(weights, terms)
+
+
+def _weighted_sum(terms: list[Array], value: Array, plan: Plan) -> Array:
+    """p . v for one group of heads: (rows, width) float32, where p is the sum of `terms`."""
+    stacked = terms[0] if len(terms) == 1 else jnp.concatenate(terms, axis=0)
+    products = _dot(stacked, value, transposed=plan.form == "columns")
+    return functools.reduce(jnp.add, (products[i * plan.rows : (i + 1) * plan.rows] for i in range(len(terms))))
+
+
+def _dot(left: Array, right: Array, *, transposed: bool) -> Array:
+    """left @ right, or left @ right.T, accumulated in float32; every bit of float32 operands counts."""
+    precision = lax.Precision.HIGHEST if right.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _select(value: Array, keep: Array) -> Array:
+    """`value` where `keep`, else 0; through float32, since not every TPU selects 16-bit numbers."""
+    return jnp.where(keep, value.astype(jnp.float32), 0.0).astype(value.dtype)
+
+
+def _as_column(row: Array) -> Array:
+    """(1, tile) bool as (tile, 1)."""
+    column = jnp.broadcast_to(row.astype(jnp.float32), (ROW_GROUP, row.shape[1])).T
+    return column[:, :1] > 0.0

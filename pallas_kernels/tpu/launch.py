@@ -1,0 +1,188 @@
+"""One launch of the kernel: canonical operands into the arrays it reads, and its arrays back."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_ifa.operands import Operands
+from jax_ifa.paging import clamp_table
+from pallas_kernels.tpu.kernel import ROW_GROUP, decode_kernel, split_bfloat16
+from pallas_kernels.tpu.merging import masked_positions, merge_parts
+from pallas_kernels.tpu.plan import Plan, make_plan
+from pallas_kernels.tpu.storage import LANES, view
+from pallas_kernels.tpu.tuning import Tuning
+
+NAME = "incre_flash_attention"
+
+
+def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
+    """(out, lse) of `operands`, whose windows end at a multiple of `storage.alignment` or inside a page.
+
+    Its table must fit in scalar memory, and its contiguous cache is read only up to the last aligned position; see
+    `parts.py` for the rest.
+    """
+    plan = make_plan(operands, tuning)
+    kv = operands.kv
+    windows = split_windows(operands, plan)
+    starts, stops = zip(*windows, strict=True)
+    scalars = [per_item(starts, plan), per_item(stops, plan), per_item([operands.scale] * plan.splits, plan)]
+    if kv.table is not None:
+        scalars.append(clamp_table(kv.table, kv.key.shape[0]).reshape(-1))
+    key, value = (_tiled(view(pages, head_major=kv.head_major, to=plan.form), plan) for pages in (kv.key, kv.value))
+    query = packed_query(operands.query, plan, dtype=jnp.float32 if key.dtype == jnp.float32 else jnp.bfloat16)
+    arrays, rows = [query, key, value], {"rows_of_mask": 0, "rows_of_bias": 0}
+    if operands.mask is not None:
+        mask = _whole_tiles(operands.mask[:, None, : kv.capacity].astype(jnp.float32), plan)
+        arrays.append(mask)
+        rows["rows_of_mask"] = mask.shape[0]
+    if operands.bias is not None:
+        bias = _whole_tiles(packed_bias(operands.bias, plan), plan)
+        arrays.append(bias)
+        rows["rows_of_bias"] = bias.shape[0]
+
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    per_core = plan.items // tuning.cores
+    all_rows = plan.groups * plan.rows
+
+    def place(core: Array, step: Array, *_: Array) -> tuple[Array | int, ...]:
+        item = core * per_core + step
+        return (
+            jax.lax.rem(jax.lax.div(item, plan.head_blocks), plan.batch),
+            jax.lax.rem(item, plan.head_blocks),
+            0,
+            0,
+            0,
+        )
+
+    def item_block(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *shape), lambda core, step, *_: (core * per_core + step,) + (0,) * len(shape))
+
+    def slots(*shape: int, dtype: jnp.dtype) -> Any:
+        return pltpu.VMEM((tuning.slots, *shape), dtype)
+
+    chunk = _chunk_shape(plan)
+    out, lse = pl.pallas_call(
+        functools.partial(decode_kernel, plan=plan, **rows),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(tuning.cores, per_core),
+            in_specs=[pl.BlockSpec((1, 1, *query.shape[2:]), place)] + [in_hbm] * (len(arrays) - 1),
+            out_specs=[item_block(plan.groups, plan.rows, plan.width), item_block(all_rows, LANES)],
+            scratch_shapes=[
+                slots(plan.chunks, *chunk, dtype=key.dtype),
+                slots(plan.chunks, *chunk, dtype=value.dtype),
+                *([slots(1, plan.tile, dtype=jnp.float32)] if plan.masked else []),
+                *([slots(all_rows, plan.tile, dtype=operands.bias.dtype)] if operands.bias is not None else []),
+                pltpu.SemaphoreType.DMA((tuning.slots, 4)),
+                pltpu.SMEM((3,), jnp.int32),
+                pltpu.VMEM((all_rows, LANES), jnp.float32),
+                pltpu.VMEM((all_rows, LANES), jnp.float32),
+                pltpu.VMEM((all_rows, plan.width), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((plan.items, plan.groups, plan.rows, plan.width), jnp.float32),
+            jax.ShapeDtypeStruct((plan.items, all_rows, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=tuning.vmem_limit_bytes,
+            # Ids were clamped and windows end inside the cache, so no copy leaves it; checking each one costs more
+            # cycles than starting it.
+            disable_bounds_checks=True,
+        ),
+        name=NAME,
+    )(*scalars, *arrays)
+    out, lse = unpacked(out, lse, plan)
+    if plan.splits == 1:
+        return out[0], lse[0]
+    return merge_parts(out, lse, jnp.stack([masked_positions(operands, *window) for window in windows]))
+
+
+def split_windows(operands: Operands, plan: Plan) -> list[tuple[Array, Array]]:
+    """The windows of the sequences, (B,) start and stop, cut into `splits` parts of as many tiles."""
+    some = operands.start < operands.stop
+    start, stop = jnp.where(some, operands.start, 0), jnp.where(some, operands.stop, 0)
+    tiles = stop // plan.tile + 1 - start // plan.tile
+    cuts = [start]
+    for split in range(1, plan.splits):
+        cut = (start // plan.tile + tiles * split // plan.splits) * plan.tile
+        cuts.append(jnp.clip(cut, start, stop))
+    parts = zip(cuts, [*cuts[1:], stop], strict=True)
+    return [(jnp.where(first < last, first, 0), jnp.where(first < last, last, 0)) for first, last in parts]
+
+
+def per_item(values: Sequence[Array], plan: Plan) -> Array:
+    """(B,) of each split to (items,): item (split, sequence, block of heads), in that order; then 0."""
+    items = jnp.repeat(jnp.stack(values).reshape(-1), plan.head_blocks)
+    return jnp.pad(items, (0, plan.items - items.shape[0]))
+
+
+def packed_query(query: Array, plan: Plan, dtype: jnp.dtype) -> Array:
+    """(B, K, G, D) to (B, head_blocks, groups, query_terms * rows, width): block diagonal; see `Plan`."""
+    blocks = (plan.batch, plan.head_blocks, plan.groups)
+    query = query.reshape(*blocks, plan.packed, plan.group, plan.head_dim)
+    none = (0, 0)
+    diagonal = [
+        jnp.pad(query[:, :, :, j], (none,) * 4 + ((j * plan.head_dim, plan.width - (j + 1) * plan.head_dim),))
+        for j in range(plan.packed)
+    ]
+    query = jnp.concatenate(diagonal, axis=3)
+    query = jnp.pad(query, (none,) * 3 + ((0, plan.rows - plan.packed * plan.group), none))
+    if plan.query_terms == 1:
+        return query.astype(dtype)
+    return jnp.concatenate(split_bfloat16(query, plan.query_terms), axis=3)
+
+
+def packed_bias(bias: Array, plan: Plan) -> Array:
+    """(R, K, G, S) to (R, head_blocks, groups * rows, S), in the order of the query's rows."""
+    grouped = bias.reshape(bias.shape[0], plan.head_blocks, plan.groups, plan.packed * plan.group, bias.shape[3])
+    padding = plan.rows - plan.packed * plan.group
+    grouped = jnp.pad(grouped, ((0, 0),) * 3 + ((0, padding), (0, 0)))
+    return grouped.reshape(bias.shape[0], plan.head_blocks, plan.groups * plan.rows, bias.shape[3])
+
+
+def unpacked(out: Array, lse: Array, plan: Plan) -> tuple[Array, Array]:
+    """The kernel's (items, groups, rows, width) and (items, groups * rows, 128) to (splits, B, K, G, D) and
+    (splits, B, K, G).
+    """
+    used = plan.splits * plan.batch * plan.head_blocks
+    blocks = (plan.splits, plan.batch, plan.head_blocks, plan.groups)
+    rows = slice(0, plan.packed * plan.group)
+    out = out[:used, :, rows].reshape(*blocks, plan.packed, plan.group, plan.packed, plan.head_dim)
+    out = jnp.stack([out[..., j, :, j, :] for j in range(plan.packed)], axis=4)  # what is off the diagonal is nothing
+    out = out.reshape(plan.splits, plan.batch, plan.num_heads, plan.group, plan.head_dim)
+    lse = lse[:used, :, 0].reshape(*blocks, plan.rows)[..., rows]
+    return out, lse.reshape(plan.splits, plan.batch, plan.num_heads, plan.group)
+
+
+def _whole_tiles(rows: Array, plan: Plan) -> Array:
+    """`rows` with its last axis padded to whole tiles."""
+    missing = -rows.shape[-1] % plan.tile
+    return jnp.pad(rows, ((0, 0),) * (rows.ndim - 1) + ((0, missing),))
+
+
+def _tiled(pages: Array, plan: Plan) -> Array:
+    """The view of a cache in lanes whose rows lie in groups of 8, as a tile of memory has them."""
+    if not plan.row_groups:
+        return pages
+    num_pages, page_size, width = pages.shape
+    return pages.reshape(num_pages, page_size // ROW_GROUP, ROW_GROUP, width)
+
+
+def _chunk_shape(plan: Plan) -> tuple[int, ...]:
+    """Of one chunk of keys or values, in VMEM."""
+    match plan.form:
+        case "heads":
+            return plan.item_heads, plan.chunk, plan.head_dim
+        case "columns":
+            return plan.item_heads, plan.head_dim, plan.chunk
+        case _:
+            rows = (plan.chunk // ROW_GROUP, ROW_GROUP) if plan.row_groups else (plan.chunk,)
+            return *rows, plan.item_heads * plan.head_dim

@@ -1,0 +1,173 @@
+"""Every static number of one launch, worked out from shapes and the generation's tuning."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from jax_ifa.operands import Operands
+from pallas_kernels.tpu.storage import LANES, alignment, form
+from pallas_kernels.tpu.tuning import Tuning
+
+SUBLANES = 8
+MAX_CHUNK = 512
+MAX_TILE = 4096
+MAX_ITEM_ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One launch.
+
+    The kernel walks over items. An item is one sequence and `item_heads` of its kv heads (all K of them, unless a tile
+    would not fit), over the whole window or, for an odd batch on two cores, over half of it.
+
+    A tile is `tile` positions of an item, fetched in `chunks` copies of `chunk` positions: a page each, or a part of a
+    page where pages are long. Inside an item, heads are multiplied in groups of `packed` heads side by side, so that
+    `width` = packed * D lanes are whole and `rows` >= packed * G query rows fill sublanes. A group's query is block
+    diagonal: row (j, g) holds q of head j in lanes j*D to (j+1)*D and zeros elsewhere.
+
+    Attributes:
+      form: how the cache lies in memory; see `storage.py`.
+      batch, num_heads, group, head_dim: B, K, G, D.
+      page: P.
+      table_width: M, or 0 without a table.
+      item_heads, packed, width, rows: see above.
+      chunk, chunks: see above; tile = chunk * chunks, a multiple of 128.
+      query_terms, weight_terms: bfloat16 numbers whose sum stands for one float32 query element or softmax weight.
+      row_groups: whether rows of a cache in lanes are viewed in groups of 8.
+      splits: parts each sequence's window is cut into, 1 or the number of cores.
+      masked, biased: whether there is a mask, a bias.
+      tuning: see `Tuning`.
+    """
+
+    form: str
+    batch: int
+    num_heads: int
+    group: int
+    head_dim: int
+    page: int
+    table_width: int
+    item_heads: int
+    packed: int
+    width: int
+    rows: int
+    chunk: int
+    chunks: int
+    query_terms: int
+    weight_terms: int
+    row_groups: bool
+    splits: int
+    masked: bool
+    biased: bool
+    tuning: Tuning
+
+    @property
+    def tile(self) -> int:
+        """T, positions of a tile."""
+        return self.chunk * self.chunks
+
+    @property
+    def groups(self) -> int:
+        """Groups of packed heads in an item."""
+        return self.item_heads // self.packed
+
+    @property
+    def head_blocks(self) -> int:
+        """Items that one sequence's heads make."""
+        return self.num_heads // self.item_heads
+
+    @property
+    def items(self) -> int:
+        """All items, rounded up so that each core has as many."""
+        cores = self.tuning.cores
+        return _round_up(self.splits * self.batch * self.head_blocks, cores)
+
+    @property
+    def chunks_per_page(self) -> int:
+        """Chunks that make up a page."""
+        return self.page // self.chunk
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def make_plan(operands: Operands, tuning: Tuning) -> Plan:
+    """The plan of one launch over `operands`, whose capacity is a multiple of `storage.alignment`."""
+    kv = operands.kv
+    dtype = kv.key.dtype
+    memory = form(kv)
+    num_heads, head_dim, group = kv.num_kv_heads, kv.key.shape[-1], operands.group
+    item_heads, packed = _head_split(memory, num_heads, head_dim, group, dtype, tuning)
+    # A contiguous cache may end in a part of a chunk, which another launch sees to.
+    page = kv.page_size if kv.table is not None else kv.page_size // alignment(kv) * alignment(kv)
+    position_bytes = 2 * item_heads * _round_up(head_dim, SUBLANES if memory == "columns" else 1) * dtype.itemsize
+    rows = _round_up(packed * group, SUBLANES)
+    target = tuning.tile_bytes // position_bytes
+    # Scores and weights of a tile are float32 (rows, tile), a few of them at a time.
+    target = min(target, MAX_TILE, max(LANES, tuning.tile_bytes // 8 // (4 * rows * (item_heads // packed))))
+    chunk = _chunk(page, alignment(kv), target)
+    unit = math.lcm(chunk, LANES)
+    tile = unit * max(1, min(target // unit, -(-kv.capacity // unit)))
+    wide = dtype == jnp.float32
+    return Plan(
+        form=memory,
+        batch=operands.batch,
+        num_heads=num_heads,
+        group=group,
+        head_dim=head_dim,
+        page=page,
+        table_width=0 if kv.table is None else kv.table.shape[1],
+        item_heads=item_heads,
+        packed=packed,
+        width=packed * head_dim,
+        rows=rows,
+        chunk=chunk,
+        chunks=tile // chunk,
+        query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
+        weight_terms=3 if not wide and (operands.precise or dtype == jnp.int8) else 1,
+        row_groups=memory == "lanes" and dtype != jnp.int8 and kv.page_size % SUBLANES == 0,
+        splits=tuning.cores if operands.batch % tuning.cores else 1,
+        masked=operands.mask is not None,
+        biased=operands.bias is not None,
+        tuning=tuning,
+    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _head_split(
+    memory: str, num_heads: int, head_dim: int, group: int, dtype: jnp.dtype, tuning: Tuning
+) -> tuple[int, int]:
+    """(item_heads, packed): kv heads of an item and of a group."""
+    if memory == "lanes":
+        whole = LANES // math.gcd(LANES, head_dim)  # heads that end on a lane boundary
+        whole = whole if num_heads % whole == 0 else num_heads
+    else:
+        whole = 1
+    # More heads side by side, until the rows of one group fill the sublanes; in columns only where heads stack on
+    # whole tiles.
+    packed = whole
+    if memory != "columns" or head_dim % 32 == 0:
+        for more in _divisors(num_heads):
+            if more % whole == 0 and more * group <= SUBLANES and more * head_dim <= 1024:
+                packed = max(packed, more)
+    smallest_tile = 2 * LANES * head_dim * dtype.itemsize
+    fitting = [
+        heads
+        for heads in _divisors(num_heads)
+        if heads % packed == 0
+        and heads * smallest_tile <= tuning.tile_bytes
+        and heads // packed * _round_up(packed * group, SUBLANES) <= MAX_ITEM_ROWS
+    ]
+    return max(fitting, default=packed), packed
+
+
+def _chunk(page: int, align: int, target: int) -> int:
+    """The longest part of a page that divides it, is aligned, and lets a tile of whole lanes stay near `target`."""
+    candidates = [d for d in _divisors(page) if d % align == 0 and (d <= MAX_CHUNK)]
+    near = [d for d in candidates if math.lcm(d, LANES) <= max(target, LANES)]
+    return max(near) if near else min(candidates, key=lambda d: math.lcm(d, LANES))

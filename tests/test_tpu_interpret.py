@@ -1,0 +1,162 @@
+"""The TPU kernel against the oracle under JAX's TPU interpreter: uninitialised memory is NaN, reading outside raises.
+
+A copy runs when it is awaited, so what is read without a wait is NaN. By default a part of the grid runs;
+JAX_IFA_FULL_TPU_GRID=1 runs all of it.
+"""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, assert_close, run_reference
+from test_grid import grid
+from tpu_interpreter import interpret, needs_interpreter, small_tiles
+
+from jax_ifa import incre_flash_attention
+
+pytestmark = needs_interpreter
+
+
+def for_tpu(case: Case) -> Case | None:
+    """The case with a head dimension whose cache the kernel reads in place; None where no such thing exists."""
+    if case.dtype == "float16":
+        return None
+    if case.head_dim == 16:
+        case = dataclasses.replace(case, head_dim=64)
+    head_major_pages = case.block and case.block % 128 and case.layout == "BNSD" and not case.flat_pages
+    if head_major_pages or (case.block and case.kv_heads * case.head_dim % 128):
+        case = dataclasses.replace(case, head_dim=128)
+    return case
+
+
+FULL_GRID = list(dict.fromkeys(case for case in map(for_tpu, grid()) if case is not None))
+
+COMMON = dict(batch=3, heads=8, kv_heads=2, capacity=700, head_dim=64)
+PART = [
+    # every form of the cache, every dtype
+    Case(**COMMON | dict(head_dim=128), dtype="bfloat16"),
+    Case(**COMMON, dtype="bfloat16"),
+    Case(**COMMON, layout="BSH"),
+    Case(**COMMON, layout="BSND", int8=True, offset=True),
+    Case(**COMMON | dict(head_dim=128), block=16, lengths="zero", dtype="bfloat16"),
+    Case(**COMMON | dict(head_dim=128), block=64, int8=True),
+    Case(**COMMON, block=128, dtype="bfloat16"),
+    Case(**COMMON, layout="BSH", block=16, dtype="bfloat16"),
+    Case(**COMMON, layout="BSND", block=32, int8=True, dtype="bfloat16", offset=True, quant="channel_offset"),
+    Case(**COMMON, flat_pages=True, block=1024),
+    # what is seen
+    Case(**COMMON, lengths=None, mask="4d", bias="batch"),
+    Case(**COMMON, layout="BSH", lengths="zero", mask="3d:uint8:full", padding=5, dtype="bfloat16"),
+    Case(**COMMON, layout="BSH", block=16, mask="2d:int8:full", bias="shared", dtype="bfloat16"),
+    Case(**COMMON | dict(head_dim=128), block=32, int8=True, mask="2d", bias="batch", lengths="zero"),
+    Case(**COMMON, lengths="one", padding=200, bias="shared"),
+    # shapes of heads
+    Case(batch=1, heads=9, kv_heads=3, head_dim=128, capacity=400, dtype="bfloat16"),
+    Case(heads=64, kv_heads=1, head_dim=96, capacity=300),
+    Case(heads=8, kv_heads=8, head_dim=80, layout="BSH", capacity=300, dtype="bfloat16", bias="batch"),
+    Case(heads=5, kv_heads=5, head_dim=7, capacity=20, mask="2d"),
+    Case(heads=2, kv_heads=2, head_dim=512, capacity=130, layout="BSH"),
+    Case(heads=2, kv_heads=1, head_dim=256, capacity=129, layout="BSND"),
+    # precision
+    Case(**COMMON, dtype="bfloat16", inner_precise=0),
+    Case(**COMMON, int8=True, inner_precise=0, dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("case", FULL_GRID if os.environ.get("JAX_IFA_FULL_TPU_GRID") else PART, ids=str)
+def test_against_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    args, kwargs = case.inputs()
+    assert_close(*interpret(args, kwargs), args, kwargs)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_cores_share_the_work(batch: int, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch, cores=cores)
+    case = Case(
+        batch=batch, heads=2, kv_heads=1, head_dim=128, capacity=640, block=16, lengths=(640, 1, 300, 0)[:batch]
+    )
+    args, kwargs = case.inputs()
+    assert_close(*interpret(args, kwargs), args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layout, head_dim, block", [("BNSD", 128, 16), ("BSH", 64, 16), ("BNSD", 64, 0)])
+def test_nan_outside_the_window_and_under_the_mask_never_leaks(
+    layout: str, head_dim: int, block: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN everywhere that is not visible: past the lengths, under the mask, and in pages of no sequence."""
+    small_tiles(monkeypatch)
+    case = Case(
+        batch=2, head_dim=head_dim, capacity=400, layout=layout, block=block, dtype=dtype, mask="2d", lengths=(270, 130)
+    )
+    args, kwargs = case.inputs()
+    mask = kwargs["atten_mask"].astype(bool)
+    mask[1, :128] = True  # a whole tile of it
+    kwargs["atten_mask"] = mask
+    seen = ~mask & (np.arange(mask.shape[1])[None] < np.array(kwargs["actual_seq_lengths"])[:, None])
+
+    def spoil(cache: np.ndarray) -> np.ndarray:
+        spoilt = np.full_like(cache, np.nan)
+        for b, t in np.argwhere(seen):
+            page, row = (kwargs["block_table"][b, t // block], t % block) if block else (b, t)
+            index = (page, slice(None), row) if cache.ndim == 4 else (page, row)
+            spoilt[index] = cache[index]
+        return spoilt
+
+    args = (args[0], spoil(args[1]), spoil(args[2]))
+    assert_close(*interpret(args, kwargs), args, kwargs)
+
+
+def test_garbage_in_the_table_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    case = Case(batch=3, head_dim=128, capacity=700, block=16, lengths=(290, 0, 16), dtype="bfloat16")
+    args, kwargs = case.inputs()
+    expected = run_reference(args, kwargs)
+    for b, length in enumerate(kwargs["actual_seq_lengths"]):
+        kwargs["block_table"][b, -(-length // 16) :] = np.iinfo(np.int32).max - b
+    out, lse = interpret(args, kwargs)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected[0], rtol=0, atol=2**-8)
+    np.testing.assert_allclose(np.asarray(lse, np.float64), expected[1], rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("entries", [100, 16])
+def test_a_table_too_large_for_scalar_memory_is_cut(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sequences while a row of it fits, else by columns too."""
+    from pallas_kernels.tpu import parts
+
+    small_tiles(monkeypatch)
+    whole = parts.attend
+    monkeypatch.setattr(parts, "attend", lambda operands, tuning, _=0: whole(operands, tuning, entries))
+    case = Case(batch=5, head_dim=128, capacity=700, block=16, mask="2d", bias="batch", lengths="zero")
+    args, kwargs = case.inputs()
+    assert_close(*interpret(args, kwargs), args, kwargs)
+
+
+def test_a_row_whose_every_score_is_minus_infinity_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    case = Case(head_dim=128, capacity=300, lengths=None, bias="batch", dtype="bfloat16")
+    args, kwargs = case.inputs()
+    kwargs["pse_shift"][0] = -np.inf
+    out, lse = interpret(args, kwargs)
+    assert np.all(np.asarray(out, np.float32)[0] == 0)
+    assert np.all(np.isneginf(np.asarray(lse)[0]))
+    assert_close(out, lse, args, kwargs)
+
+
+def test_vmap_joins_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    case = Case(batch=3, head_dim=128, capacity=192, lengths=None)
+    (query, key, value), kwargs = case.inputs()
+    queries = np.stack([query, query + 1])
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return incre_flash_attention(q, k, v, implementation="mosaic_tpu", return_lse=True, **kwargs)
+
+    out, lse = interpret((queries, key, value), {}, function=jax.vmap(attend, in_axes=(0, None, None)))
+    for i, q in enumerate(queries):
+        assert_close(jnp.asarray(out)[i], jnp.asarray(lse)[i], (q, key, value), kwargs)

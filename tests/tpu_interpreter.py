@@ -1,0 +1,40 @@
+"""Running the TPU kernel on the CPU, under JAX's TPU interpreter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_ifa import incre_flash_attention
+from jax_ifa.compat import TPU_KERNEL_TESTED
+from pallas_kernels.tpu import lowering
+from pallas_kernels.tpu.tuning import Tuning
+
+needs_interpreter = pytest.mark.skipif(
+    not TPU_KERNEL_TESTED, reason="the TPU kernel refuses a JAX on whose interpreter it has not been tested"
+)
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch, *, cores: int = 1) -> None:
+    """Tiles of 128 positions, so that a few hundred make several, some of them whole."""
+    tuning = Tuning(cores=cores, slots=3, tile_bytes=1 << 16, vmem_limit_bytes=1 << 24)
+    monkeypatch.setattr(lowering, "tuning_for", lambda kind: tuning)
+
+
+def interpret(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, function: Callable[..., Any] | None = None, **parameters: Any
+) -> tuple[Any, Any]:
+    """(out, lse) of a call of the public function on the kernel; `parameters` are those of `pltpu.InterpretParams`."""
+
+    def call(query: Any, key: Any, value: Any) -> Any:
+        return incre_flash_attention(query, key, value, implementation="mosaic_tpu", return_lse=True, **kwargs)
+
+    jax.clear_caches()  # what was traced with other tiles, or planted faults, must not be used again
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**parameters)):
+            return jax.block_until_ready(jax.jit(function or call)(*args))
+    except Exception:
+        pltpu.reset_tpu_interpret_mode_state()
+        raise
