@@ -4,10 +4,9 @@ import itertools
 
 import jax
 import pytest
-from cases import Case, assert_close
+from cases import IMPLEMENTATIONS_HERE, Case, assert_close
 
 from jax_ifa import incre_flash_attention
-from jax_ifa.dispatch import implementation_names
 
 CACHES = {
     "contiguous": dict(),
@@ -22,19 +21,18 @@ FEATURES = {
     "mask_bias": dict(mask="2d:int8", bias="shared"),
     "fully_masked": dict(mask="3d:uint8:full", lengths="zero"),
 }
-QUANT = {"": dict(), "out_int8": dict(quant="channel_offset")}
 
 
 def grid() -> list[Case]:
-    """Layout x cache form x dtype x features x output, then what is worth a case of its own."""
+    """Layout x cache form x dtype x features, then what is worth a case of its own."""
     cases = []
-    for layout, cache, dtype, (name, feature), quant in itertools.product(
-        ("BSH", "BNSD", "BSND"), CACHES, ("float32", "bfloat16", "float16"), FEATURES.items(), QUANT.values()
+    for layout, cache, dtype, (name, feature) in itertools.product(
+        ("BSH", "BNSD", "BSND"), CACHES, ("float32", "bfloat16", "float16"), FEATURES.items()
     ):
         if cache == "paged_flat" and layout != "BNSD":
             continue  # the other layouts' paged caches are flat already
         for int8 in (False, True):
-            parts = dict(CACHES[cache]) | dict(layout=layout, dtype=dtype, int8=int8) | feature | quant
+            parts = dict(CACHES[cache]) | dict(layout=layout, dtype=dtype, int8=int8) | feature
             if int8:
                 parts |= dict(offset=name != "plain", antiquant="flat" if layout == "BSH" else "channel")
                 if cache.startswith("paged") and parts["block"] % 32:
@@ -54,17 +52,16 @@ def grid() -> list[Case]:
         ("tensor", "channel", "tensor_offset", "channel_offset"), ("float32", "bfloat16", "float16")
     ):
         cases.append(Case(quant=quant, dtype=dtype))
+        cases.append(Case(quant=quant, dtype=dtype, int8=True, block=32, offset=True, mask="3d:full", lengths="zero"))
+        cases.append(Case(quant=quant, dtype=dtype, layout="BSH", block=16, mask="2d", bias="shared"))
+        cases.append(Case(quant=quant, dtype=dtype, layout="BSND", int8=True, bias="batch", padding=3))
     cases += [Case(capacity=s, lengths=None) for s in (1, 2, 127, 128, 129, 255, 700)]
     cases += [Case(capacity=s, block=b, batch=3) for s, b in ((33, 16), (700, 16), (700, 48), (1000, 512), (600, 1024))]
     cases += [Case(inner_precise=0, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
     return list(dict.fromkeys(cases))
 
 
-# The kernels of other platforms have tests of their own, under JAX's interpreters.
-HERE = [name for name in implementation_names() if not name.startswith("mosaic")]
-
-
-@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
 @pytest.mark.parametrize("case", grid(), ids=str)
 def test_against_oracle(case: Case, implementation: str) -> None:
     args, kwargs = case.inputs()

@@ -11,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, run_reference
+from cases import IMPLEMENTATIONS_HERE, Case, run_reference
 
 import jax_ifa
 from jax_ifa import dispatch, incre_flash_attention
@@ -697,8 +697,15 @@ def test_return_lse_only_adds_the_lse() -> None:
 
 def test_implementations_by_name_agree() -> None:
     call = call_of(CASES["paged_int8"])
-    for name in dispatch.implementation_names():
+    for name in IMPLEMENTATIONS_HERE:
         assert_same(run(call, implementation=name), run(call), 2e-6)
+
+
+def test_an_implementation_that_cannot_says_why() -> None:
+    """By name an error with the reason, by default another implementation."""
+    call = call_of(Case(dtype="float16"))
+    with pytest.raises(NotImplementedError, match=r"implementation='mosaic_tpu' cannot do this call: .*(float16|JAX)"):
+        run(call, implementation="mosaic_tpu")
 
 
 def test_the_name_that_people_port_from() -> None:
