@@ -30,7 +30,7 @@ class Timing:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], None]], *, rounds: int = 7, seconds_per_turn: float = 0.25, title: str = ""
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 7, seconds_per_turn: float = 0.25, title: str = ""
 ) -> dict[str, Timing]:
     """Time every contender in turn, `rounds` times over.
 
@@ -59,11 +59,11 @@ def interleave(
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 
-def read_bandwidth(megabytes: int = 512) -> Callable[[], None]:
+def read_bandwidth(megabytes: int = 512) -> Callable[[], object]:
     """A contender that reads so many megabytes once and adds them up: the read bandwidth that JAX reaches."""
     numbers = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
     total = jax.jit(jnp.sum)
-    return lambda: total(numbers).block_until_ready() and None
+    return lambda: total(numbers).block_until_ready()
 
 
 def machine() -> dict[str, str]:
