@@ -1,6 +1,7 @@
 """Decode attention as each library's own users would call it, on the same numbers."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,7 @@ def torch_sdpa(shape: Shape, dtype: str, *, folded: bool) -> Contender:
     """
     import torch
 
-    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     b, n, k, s, d = shape.batch, shape.heads, shape.kv_heads, shape.length, shape.head_dim
     kind = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """Timing that survives a noisy machine: contenders take turns within one run, and medians are compared."""
 
 import dataclasses
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -80,5 +81,5 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "device": devices[0].device_kind,
         "processor": model,
-        "cores": str(len(__import__("os").sched_getaffinity(0))),
+        "cores": str(len(os.sched_getaffinity(0))),
     }

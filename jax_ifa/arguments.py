@@ -37,11 +37,6 @@ class Sizes:
     head_dim: int
     capacity: int
 
-    @property
-    def group(self) -> int:
-        """G."""
-        return self.num_heads // self.num_kv_heads
-
 
 def _names(*dtypes: Any) -> str:
     return " or ".join(dict.fromkeys(str(np.dtype(dtype)) for dtype in dtypes))
