@@ -26,12 +26,14 @@ class Implementation:
       unsupported_reason: why it cannot run these operands, as a sentence for the user, or None if it can. Looks at
         shapes, dtypes and static fields only.
       attend: the loop itself: `Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32).
+      attend_by_default: the same, where it was not asked for by name; None if there is no difference.
     """
 
     name: str
     default_on: tuple[str, ...]
     unsupported_reason: Callable[[Operands], str | None]
     attend: Callable[[Operands], Result]
+    attend_by_default: Callable[[Operands], Result] | None = None
 
 
 def _tpu_unsupported_reason(operands: Operands) -> str | None:
@@ -48,11 +50,30 @@ def _tpu_attend(operands: Operands) -> Result:
     return tpu.attend(operands)
 
 
+def _numba_unsupported_reason(operands: Operands) -> str | None:
+    import numba_kernels
+
+    return numba_kernels.unsupported_reason(operands)
+
+
+def _numba_attend(operands: Operands) -> Result:
+    import numba_kernels
+
+    return numba_kernels.attend(operands)
+
+
+def _numba_attend_by_default(operands: Operands) -> Result:
+    import numba_kernels
+
+    return numba_kernels.attend(operands, exported_as_xla=True)
+
+
 # Not yet preferred on TPUs: it is proved under JAX's interpreter, and no machine with a TPU has run it.
 MOSAIC_TPU = Implementation("mosaic_tpu", (), _tpu_unsupported_reason, _tpu_attend)
+NUMBA = Implementation("numba", ("cpu",), _numba_unsupported_reason, _numba_attend, _numba_attend_by_default)
 XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend)
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_TPU, XLA)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_TPU, NUMBA, XLA)
 """In order of preference; XLA, which does everything everywhere, is last."""
 
 
@@ -81,7 +102,7 @@ def _by_platform(operands: Operands) -> Result:
     branches: dict[str, Callable[[Operands], Result]] = {}
     for candidate in capable:
         for platform in candidate.default_on:
-            branches.setdefault(platform, candidate.attend)
+            branches.setdefault(platform, candidate.attend_by_default or candidate.attend)
     if not branches:
         return XLA.attend(operands)
     return jax.lax.platform_dependent(operands, default=XLA.attend, **branches)

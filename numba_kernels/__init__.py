@@ -1,0 +1,46 @@
+"""The decode loop for CPUs, in Numba, called from XLA as a foreign function.
+
+machine.py   what the processor offers
+formats.py   how the elements of a cache meet the query: as float32, or in narrow dot products
+vectors.py   vector instructions as LLVM IR
+tiles.py     the steps on a tile of positions, made of those
+native.py    what Numba lacks for code without Python
+frame.py     XLA's call frame
+call.py      one call as read from it, and a thread's scratch
+stream.py    the loop over the tiles of a window
+schedule.py  sharing a call among XLA's threads
+build.py     from all that to machine code, and its cache
+launch.py    the foreign call in a JAX program
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+
+from jax import Array
+
+from jax_ifa.operands import Operands
+
+
+@functools.cache
+def _missing() -> str | None:
+    if os.name != "posix" or sys.maxsize < 2**32:
+        return "the Numba kernel needs a 64-bit POSIX system"
+    absent = [name for name in ("numba", "platformdirs") if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"it needs {' and '.join(absent)}, not installed here: pip install 'jax-ifa[numba]'"
+    return None
+
+
+def unsupported_reason(operands: Operands) -> str | None:
+    """Why the kernel cannot run these operands, or None: it can do every call, where Numba is installed."""
+    del operands
+    return _missing()
+
+
+def attend(operands: Operands, exported_as_xla: bool = False) -> tuple[Array, Array]:
+    """`Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32); see `jax_ifa.operands`."""
+    from numba_kernels import launch  # imported by those who use it
+
+    return launch.attend(operands, exported_as_xla)

@@ -1,0 +1,204 @@
+"""From the Numba functions to machine code that is called without Numba, and is kept for the next process.
+
+Numba types the functions and lowers them to LLVM IR. That is linked with the tiles' IR, optimised once as a whole, and
+emitted as an object file. The object is kept in a cache of this user's: a process that finds it there loads it in a few
+milliseconds, without importing Numba. What the object depends on is in the name of its file: the sources of this
+package, the versions of Numba and llvmlite, the processor and its features, and the format.
+
+The cache lies in the folder that the environment variable JAX_IFA_CACHE_DIR names, else in the user's cache folder
+(`platformdirs`; on Linux ~/.cache/jax_ifa). Where it cannot be written, every process compiles anew: that is
+no error.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from numba_kernels.formats import Format
+from numba_kernels.machine import Machine
+
+ENTRY = "jax_ifa_handle"
+_lock = threading.Lock()
+_loaded: dict[str, tuple[int, Any]] = {}  # addresses by name, and the engines, which must live as long as the process
+
+
+def handler_address(form: Format, machine: Machine) -> int:
+    """The address of the foreign function for a format on a machine, compiled or loaded when first asked for."""
+    name = name_of(form, machine)
+    with _lock:
+        if name not in _loaded:
+            _loaded[name] = _load(_object_code(form, machine))
+        return _loaded[name][0]
+
+
+@functools.cache
+def name_of(form: Format, machine: Machine) -> str:
+    """A name for the machine code: of all that it depends on."""
+    digest = hashlib.sha256(repr((form, machine)).encode())
+    for package in ("numba", "llvmlite"):
+        digest.update(importlib.metadata.version(package).encode())
+    for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return f"{form.name}_{digest.hexdigest()[:24]}"
+
+
+def cache_folder() -> pathlib.Path:
+    """Where compiled kernels are kept."""
+    if named := os.environ.get("JAX_IFA_CACHE_DIR"):
+        return pathlib.Path(named)
+    import platformdirs
+
+    return pathlib.Path(platformdirs.user_cache_dir("jax_ifa", appauthor=False))
+
+
+def _object_code(form: Format, machine: Machine) -> bytes:
+    """The object file, from the cache or compiled and put there. A kept file begins with the SHA-256 of the rest."""
+    path = cache_folder() / f"{name_of(form, machine)}.bin"
+    with contextlib.suppress(OSError):
+        kept = path.read_bytes()
+        if hashlib.sha256(kept[32:]).digest() == kept[:32]:
+            return kept[32:]
+    code = compile_object(form, machine)
+    # A cache that cannot be written is no error. Renamed into place, so that nobody reads half a file.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    return code
+
+
+def _target(machine: Machine, triple: str | None) -> Any:
+    if triple is None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_default_triple()
+    else:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+        target = llvm.Target.from_triple(triple)
+    # The large code model: the loader may put code and constants further apart than 2 GiB.
+    return target.create_target_machine(
+        cpu=machine.cpu, features=machine.features, opt=3, codemodel="small", reloc="pic"
+    )
+
+
+def compile_object(form: Format, machine: Machine, triple: str | None = None) -> bytes:
+    """An object file with the foreign function `ENTRY`.
+
+    Args:
+      form: of the cache.
+      machine: to run on.
+      triple: LLVM's name of the platform to compile for; None is this one.
+    """
+    module = _linked(form, machine, triple)
+    target = _target(machine, triple)
+    module.triple, module.data_layout = target.triple, str(target.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = False  # the tiles are vectors already
+    llvm.create_pass_builder(target, options).getModulePassManager().run(
+        module, llvm.create_pass_builder(target, options)
+    )
+    missing = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    assert missing <= {"malloc", "free", "sched_yield"}, f"the kernel would need {missing}"
+    return target.emit_object(module)
+
+
+def _linked(form: Format, machine: Machine, triple: str | None) -> Any:
+    """Tiles, Numba's functions and their C entry points as one module."""
+    from numba import types
+
+    from numba_kernels import schedule, tiles
+
+    parts = tiles.make(form, machine)
+    # Numba makes the functions callable in this process, though nobody will call them, and asks for these symbols.
+    for name in (*parts, schedule.TASK):
+        llvm.add_symbol(name, ctypes.cast(_never_called, ctypes.c_void_p).value)
+    texts = [str(tiles.module_of(parts))]
+    names = []
+    for function in schedule.make_handler(form, machine, parts):
+        with _little_optimisation():
+            function.compile((types.int64,))
+        compiled = function.overloads[(types.int64,)]
+        texts.append(compiled.library.get_llvm_str())
+        names.append(compiled.fndesc.llvm_func_name)
+    texts.append(_entry_points(names, (ENTRY, schedule.TASK)))
+    module = llvm.parse_assembly(_for_platform(texts[0], triple))
+    for text in texts[1:]:
+        module.link_in(llvm.parse_assembly(_for_platform(text, triple)))
+    for function in module.functions:
+        if not function.is_declaration and function.name != ENTRY:
+            function.linkage = "internal"
+            function.add_function_attribute("noinline" if function.name in parts else "nounwind")
+    return module
+
+
+@contextlib.contextmanager
+def _little_optimisation() -> Iterator[None]:
+    """Numba optimises a function with all that it calls, again for each caller: here the whole is, once, at the end."""
+    from numba import config
+
+    before = {name: getattr(config, name) for name in ("OPT", "LOOP_VECTORIZE")}
+    settings = {"OPT": type(before["OPT"])(1), "LOOP_VECTORIZE": 0}
+    for name, value in settings.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _for_platform(text: str, triple: str | None) -> str:
+    """IR without what says which platform it is for, or as it is for this one."""
+    if triple is None:
+        return text
+    return "\n".join(line for line in text.splitlines() if not line.startswith(("target triple", "target datalayout")))
+
+
+def _entry_points(numba_names: list[str], c_names: tuple[str, ...]) -> str:
+    """IR of C functions `int64 NAME(int64)` that call Numba's, whose convention has a place for the result first."""
+    lines = []
+    for inner, outer in zip(numba_names, c_names, strict=True):
+        lines.append(f"""
+            declare i32 @{inner}(ptr, ptr, i64)
+            define i64 @{outer}(i64 %argument) {{
+              %result = alloca i64
+              %exception = alloca ptr
+              store i64 0, ptr %result
+              %status = call i32 @{inner}(ptr %result, ptr %exception, i64 %argument)
+              %answer = load i64, ptr %result
+              ret i64 %answer
+            }}""")
+    return "\n".join(lines)
+
+
+@ctypes.CFUNCTYPE(None)
+def _never_called() -> None:
+    raise AssertionError("a placeholder was called")
+
+
+@functools.cache
+def _engine_options() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+def _load(code: bytes) -> tuple[int, Any]:
+    """The address of `ENTRY` in an object file, and what keeps it in memory."""
+    _engine_options()
+    target = llvm.Target.from_default_triple().create_target_machine(codemodel="small", reloc="pic")
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine.get_function_address(ENTRY), engine

@@ -1,0 +1,161 @@
+"""One call of the decode loop, as read from XLA's frame, and the scratch that a thread needs for it."""
+
+from typing import NamedTuple
+
+from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS, WORD
+from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, up, word
+
+# The order of the operands and results of the foreign call; an absent one is an array without elements.
+QUERY, SCALE, KEY, VALUE, TABLE, VALUE_TABLE, START, STOP, MASK, BIAS = range(10)
+OUT, LSE = range(2)
+BFLOAT16, FLOAT16 = 16, 10  # XLA's numbers of element types
+
+
+class Call(NamedTuple):
+    """Addresses and sizes of one call; letters as in `jax_ifa.operands`. Strides of the cache are in bytes."""
+
+    batch: int
+    heads: int  # K
+    group: int  # G
+    head_dim: int
+    query: int
+    scale: int
+    key: int
+    value: int
+    key_pages: int
+    value_pages: int
+    page_size: int
+    pages: int  # M
+    page_stride: int
+    head_stride: int
+    row_stride: int
+    table: int  # 0 if there is none
+    value_table: int
+    start: int
+    stop: int
+    mask: int
+    mask_rows: int
+    mask_width: int
+    bias: int
+    bias_rows: int
+    bias_width: int
+    bias_kind: int
+    out: int
+    lse: int
+    unit_heads: int  # kv heads whose tiles are read together, since they lie side by side
+
+
+@native
+def read_call(frame, itemsize):  # type: ignore[no-untyped-def]
+    """The `Call` of a frame, for a cache of so many bytes an element."""
+    arguments, results = word(frame, ARGUMENTS), word(frame, RESULTS)
+    query, key, value = word(arguments, QUERY), word(arguments, KEY), word(arguments, VALUE)
+    table, value_table = word(arguments, TABLE), word(arguments, VALUE_TABLE)
+    mask, bias = word(arguments, MASK), word(arguments, BIAS)
+    dims = word(query, DIMS)
+    heads, group, head_dim = word(dims, 1), word(dims, 2), word(dims, 3)
+    # The only attribute: an XLA_FFI_Scalar, whose word 1 points to the value.
+    head_major = word(word(word(word(frame, ATTRIBUTES), 0), 1), 0) != 0
+    page_size = word(word(key, DIMS), 2 if head_major else 1)
+    row = head_dim * itemsize
+    if head_major:
+        head_stride, row_stride, unit_heads = page_size * row, row, 1
+    else:
+        head_stride, row_stride, unit_heads = row, heads * row, heads
+    has_table = word(word(table, DIMS), 0) > 0
+    has_value_table = word(word(value_table, DIMS), 0) > 0
+    has_mask, has_bias = word(word(mask, DIMS), 0) > 0, word(word(bias, DIMS), 0) > 0
+    return Call(
+        word(word(query, DIMS), 0),
+        heads,
+        group,
+        head_dim,
+        word(query, DATA),
+        word(word(arguments, SCALE), DATA),
+        word(key, DATA),
+        word(value, DATA),
+        word(word(key, DIMS), 0),
+        word(word(value, DIMS), 0),
+        page_size,
+        word(word(table, DIMS), 1) if has_table else 1,
+        heads * page_size * row,
+        head_stride,
+        row_stride,
+        word(table, DATA) if has_table else 0,
+        word(value_table, DATA) if has_value_table else (word(table, DATA) if has_table else 0),
+        word(word(arguments, START), DATA),
+        word(word(arguments, STOP), DATA),
+        word(mask, DATA) if has_mask else 0,
+        word(word(mask, DIMS), 0),
+        word(word(mask, DIMS), 1),
+        word(bias, DATA) if has_bias else 0,
+        word(word(bias, DIMS), 0),
+        word(word(bias, DIMS), 3),
+        load_int32(bias + WORD * KIND),
+        word(word(results, OUT), DATA),
+        word(word(results, LSE), DATA),
+        unit_heads,
+    )
+
+
+@native
+def window(call, b):  # type: ignore[no-untyped-def]
+    """[start, stop) of sequence b, clamped to the positions there are."""
+    capacity = call.pages * call.page_size
+    stop = min(max(load_int32(call.stop + 4 * b), 0), capacity)
+    return min(max(load_int32(call.start + 4 * b), 0), stop), stop
+
+
+@native
+def bias_at(call, b, head, t):  # type: ignore[no-untyped-def]
+    """The bias of position t for head (of K * G) of sequence b, as float32."""
+    row = (b % call.bias_rows) * call.heads * call.group + head
+    index = row * call.bias_width + t
+    if call.bias_kind == BFLOAT16:
+        return load_bfloat16(call.bias + 2 * index)
+    if call.bias_kind == FLOAT16:
+        return load_float16(call.bias + 2 * index)
+    return load_float32(call.bias + 4 * index)
+
+
+class Scratch(NamedTuple):
+    """Addresses of a thread's working memory."""
+
+    a: int  # A of the scores: (unit_heads, G * digits, L) lanes
+    initial: int  # (unit_heads, G * digits) int32
+    weight: int  # (unit_heads, G) float32: what a score is multiplied by
+    packed: int  # B: keys (L, T), then values (T / pack, columns)
+    product: int  # C, of the scores and then of the outputs: (G * digits, T or columns)
+    scores: int  # (G, T) float32
+    weights: int  # A of the outputs: (G * digits, T / pack) lanes
+    factors: int  # (G, 3) float32 of a tile: what the old output and the new are multiplied by; its largest score
+    state: int  # (unit_heads, G, columns + 2): output, largest score, sum of weights
+    rows: int  # (2, 2, T) addresses of keys and values, of this step and the next
+    plan: int  # of fetching the next step's rows: see tiles.py
+    zeros: int  # a row of the cache that is all 0
+    size: int  # bytes in all
+
+
+@native
+def lay_out(call, base, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
+    """The `Scratch` that begins at an address, with every part on a cache line of its own."""
+    line = 64
+    length = up(call.head_dim, lanes * pack) // pack
+    columns = up(call.head_dim, lanes * pack)
+    rows = call.group * digits
+    a = up(base, line)
+    initial = up(a + 4 * call.unit_heads * rows * length, line)
+    weight = up(initial + 4 * call.unit_heads * rows, line)
+    packed = up(weight + 4 * call.unit_heads * call.group, line)
+    product = up(packed + 4 * max(length * tile, tile // pack * columns), line)
+    scores = up(product + 4 * rows * max(tile, columns), line)
+    weights = up(scores + 4 * call.group * tile, line)
+    factors = up(weights + 4 * rows * (tile // pack), line)
+    state = up(factors + 12 * call.group, line)
+    addresses = up(state + 4 * call.unit_heads * call.group * (columns + 2), line)
+    plan = addresses + WORD * 4 * tile
+    zeros = up(plan + WORD * 5, line)
+    end = up(zeros + max(itemsize * call.head_dim, 4 * 4), line)
+    return Scratch(
+        a, initial, weight, packed, product, scores, weights, factors, state, addresses, plan, zeros, end - base
+    )

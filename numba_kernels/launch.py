@@ -1,0 +1,108 @@
+"""The foreign call in a JAX program.
+
+A primitive, because two things are known only when a program is lowered: that it is for a CPU, so that nothing is
+compiled for a program that only passes through this machine; and whether it is being exported. An exported program
+must run on machines without this package, so it gets XLA's loop, unless the foreign call was asked for by name.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from jax_ifa import xla
+from jax_ifa.operands import Operands
+from numba_kernels.formats import Format, format_of
+from numba_kernels.machine import Machine, this_machine
+
+attend_p = Primitive("incre_flash_attention_cpu")
+attend_p.multiple_results = True
+
+
+def attend(operands: Operands, exported_as_xla: bool) -> tuple[Array, Array]:
+    """The decode loop as a foreign call, or where it is exported, if `exported_as_xla`, as XLA's loop."""
+    leaves, tree = jax.tree.flatten(operands)
+    out, lse = attend_p.bind(*leaves, tree=tree, exported_as_xla=exported_as_xla)
+    return out, lse
+
+
+@functools.cache
+def _register(form: Format, machine: Machine) -> str:
+    """The name under which XLA calls the kernel of a format; it is compiled or loaded now."""
+    from numba_kernels import build
+
+    name = f"jax_ifa_{build.name_of(form, machine)}"
+    capsule = jax.ffi.pycapsule(build.handler_address(form, machine))
+    jax.ffi.register_ffi_target(name, capsule, platform="cpu", api_version=1)
+    return name
+
+
+def _call(*leaves: Array, tree: Any) -> tuple[Array, Array]:
+    operands: Operands = jax.tree.unflatten(tree, leaves)
+    kv = operands.kv
+    batch, heads, group, head_dim = operands.query.shape
+    machine = this_machine()
+    form = format_of(str(kv.key.dtype), operands.precise, machine)
+    result = (
+        jax.ShapeDtypeStruct((batch, heads, group, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, group), jnp.float32),
+    )
+    call = jax.ffi.ffi_call(_register(form, machine), result)
+    bias = operands.bias
+    if bias is not None and bias.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        bias = bias.astype(jnp.float32)
+
+    def or_none(array: Array | None, rank: int, dtype: Any) -> Array:
+        return jnp.zeros((0,) * rank, dtype) if array is None else array
+
+    out, lse = call(
+        operands.query.astype(jnp.float32),
+        operands.scale,
+        kv.key,
+        kv.value,
+        or_none(kv.table, 2, jnp.int32),
+        or_none(kv.value_table, 2, jnp.int32),
+        operands.start,
+        operands.stop,
+        or_none(operands.mask, 2, jnp.int8),
+        or_none(bias, 4, jnp.float32),
+        head_major=np.int64(kv.head_major),
+    )
+    return out, lse
+
+
+def _xla(*leaves: Array, tree: Any) -> tuple[Array, Array]:
+    return xla.attend(jax.tree.unflatten(tree, leaves))
+
+
+def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, exported_as_xla: bool) -> Any:
+    """For a CPU."""
+    exported = context.module_context.lowering_parameters.for_export
+    function = functools.partial(_xla if exported and exported_as_xla else _call, tree=tree)
+    return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
+
+
+def _lower_elsewhere(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, exported_as_xla: bool) -> Any:
+    """For other platforms: what JAX asks for when it lowers a program for several at once, though none will run it."""
+    if not exported_as_xla:
+        raise NotImplementedError("implementation='numba' cannot do this call: it runs on CPUs only")
+    return mlir.lower_fun(functools.partial(_xla, tree=tree), multiple_results=True)(context, *leaves)
+
+
+def _abstract(*leaves: Any, tree: Any, exported_as_xla: bool) -> list[Any]:
+    del exported_as_xla
+    operands = jax.tree.unflatten(tree, leaves)
+    shape = operands.query.shape
+    kind = jax.core.ShapedArray
+    return [kind(shape, jnp.dtype(jnp.float32)), kind(shape[:-1], jnp.dtype(jnp.float32))]
+
+
+attend_p.def_abstract_eval(_abstract)
+attend_p.def_impl(lambda *leaves, **static: jax.jit(functools.partial(attend_p.bind, **static))(*leaves))
+mlir.register_lowering(attend_p, _lower_elsewhere)
+mlir.register_lowering(attend_p, _lower, platform="cpu")

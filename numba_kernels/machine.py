@@ -1,0 +1,65 @@
+"""What the processor offers to the kernels: how wide its vectors are, and which narrow dot products it has.
+
+Found at run time from the processor's own list of features. Nothing else in this package depends on the architecture.
+"""
+
+import dataclasses
+import functools
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A processor, as the code generator sees it.
+
+    Attributes:
+      cpu, features: as LLVM names them.
+      lanes: 32-bit lanes of a vector register.
+      columns: vectors that a block of accumulators is wide; with 4 rows of them, as many as the registers hold.
+      bfloat16_dot: the instruction that multiplies pairs of bfloat16 and adds them to float32 lanes, or None.
+      int8_dot: the instruction that multiplies quads of uint8 by int8 and adds them to int32 lanes, or None.
+    """
+
+    cpu: str
+    features: str
+    lanes: int
+    columns: int
+    bfloat16_dot: str | None
+    int8_dot: str | None
+
+
+def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
+    """The `Machine` of a processor with these LLVM features."""
+
+    def has(*names: str) -> bool:
+        return all(features.get(name, False) for name in names)
+
+    flags = ",".join(("+" if on else "-") + name for name, on in sorted(features.items()))
+    bfloat16_dot = int8_dot = None
+    if architecture in ("x86_64", "AMD64"):
+        if has("avx512f", "avx512bw", "avx512vl"):
+            if has("avx512bf16"):
+                bfloat16_dot = "llvm.x86.avx512bf16.dpbf16ps.512"
+            if has("avx512vnni"):
+                int8_dot = "llvm.x86.avx512.vpdpbusd.512"
+            return Machine(cpu, flags, 16, 4, bfloat16_dot, int8_dot)
+        if has("avx2", "fma"):
+            if has("avxvnni"):
+                int8_dot = "llvm.x86.avx512.vpdpbusd.256"
+            return Machine(cpu, flags, 8, 2, None, int8_dot)
+    elif architecture in ("aarch64", "arm64"):
+        if has("bf16"):
+            bfloat16_dot = "llvm.aarch64.neon.bfdot.v4f32.v8bf16"
+        if has("i8mm"):
+            int8_dot = "llvm.aarch64.neon.usdot.v4i32.v16i8"
+        return Machine(cpu, flags, 4, 4, bfloat16_dot, int8_dot)
+    return Machine(cpu, flags, 4, 2, None, None)
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """The processor that this process runs on."""
+    import platform
+
+    import llvmlite.binding as llvm
+
+    return describe(llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()), platform.machine())

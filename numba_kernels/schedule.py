@@ -1,0 +1,212 @@
+"""Sharing a call among XLA's own threads.
+
+The work is one line: the windows of all sequences and units of heads, end to end. It is cut into ranges of equal
+length, more than there are threads, and every thread takes the next one until none is left; so lengths may be ragged,
+and a single long sequence is shared too. A window that lies in several ranges leaves a partial state in each, and
+these are merged at the end.
+
+No thread waits for another to begin: the calling thread takes ranges as well, and waits only for ranges that somebody
+has taken. So calls from any number of programs and threads cannot block each other, nor can a pool whose threads are
+all busy, or are gone (as in the child of a fork).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from numba_kernels.call import lay_out, read_call, window
+from numba_kernels.formats import Format
+from numba_kernels.frame import answers_metadata, num_threads, schedule
+from numba_kernels.machine import Machine
+from numba_kernels.native import (
+    allocate,
+    call_pointer,
+    fetch_add,
+    give_way,
+    load_float32,
+    load_int64,
+    native,
+    pointer_to,
+    release,
+    store_float32,
+    store_int64,
+    up,
+)
+from numba_kernels.stream import MINUS_INFINITY, F, make_stream
+from numba_kernels.tiles import Tile
+
+RANGES_PER_THREAD = 8
+LEAST_BYTES = 1 << 16  # of a range: less is not worth waking a thread for
+# The block that the threads of a call share, in int64 words. Tasks that come late still look at it, so it is freed by
+# whoever leaves last.
+NEXT, DONE, USERS, WORKERS, FRAME, RANGES, LENGTH, WORDS = 0, 8, 16, 24, 32, 33, 34, 40
+
+
+TASK = "jax_ifa_take_ranges"
+
+
+def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
+    """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the `TASK`."""
+    stream = make_stream(form, machine, tiles)
+    lanes, pack, digits, tile, itemsize = machine.lanes, form.pack, form.digits, form.tile, form.itemsize
+
+    @native
+    def state_size(call):  # type: ignore[no-untyped-def]
+        return 4 * call.unit_heads * call.group * (up(call.head_dim, lanes * pack) + 2)
+
+    @native
+    def finish(call, b, first_head, state):  # type: ignore[no-untyped-def]
+        """The results of a unit of heads from its state."""
+        columns = up(call.head_dim, lanes * pack)
+        for i in range(call.unit_heads * call.group):
+            source = state + 4 * (columns + 2) * i
+            top, total = load_float32(source + 4 * columns), load_float32(source + 4 * columns + 4)
+            row = (b * call.heads + first_head) * call.group + i
+            inverse = F(1) / total if total != F(0) else F(0)
+            store_float32(call.lse + 4 * row, top + np.log(total) if total != F(0) else MINUS_INFINITY)
+            for d in range(call.head_dim):
+                x = load_float32(source + 4 * d) * inverse
+                store_float32(call.out + 4 * (row * call.head_dim + d), x)
+
+    @native
+    def merge(call, state, part):  # type: ignore[no-untyped-def]
+        """Fold a partial state into another."""
+        columns = up(call.head_dim, lanes * pack)
+        for i in range(call.unit_heads * call.group):
+            a, b = state + 4 * (columns + 2) * i, part + 4 * (columns + 2) * i
+            a_top, b_top = load_float32(a + 4 * columns), load_float32(b + 4 * columns)
+            a_total, b_total = load_float32(a + 4 * columns + 4), load_float32(b + 4 * columns + 4)
+            top = max(a_top, b_top)
+            fade = np.exp(a_top - top) if a_total != F(0) else F(0)
+            share = np.exp(b_top - top) if b_total != F(0) else F(0)
+            store_float32(a + 4 * columns, top)
+            store_float32(a + 4 * columns + 4, a_total * fade + b_total * share)
+            for d in range(call.head_dim):
+                old = load_float32(a + 4 * d) * fade if fade != F(0) else F(0)
+                new = load_float32(b + 4 * d) * share if share != F(0) else F(0)
+                store_float32(a + 4 * d, old + new)
+
+    @native
+    def run_range(call, s, partials, number, length):  # type: ignore[no-untyped-def]
+        """The parts of windows in one range: finished, or left in this range's two partial states.
+
+        The first state is for a window that began in an earlier range, the second for one that goes on in the next.
+        """
+        low, high = number * length, (number + 1) * length
+        units = call.heads // call.unit_heads
+        offset = 0
+        for b in range(call.batch):
+            start, stop = window(call, b)
+            size = stop - start
+            if offset + size * units <= low:
+                offset += size * units
+                continue
+            for unit in range(units):
+                from_, to = max(low, offset), min(high, offset + size)
+                if from_ < to:
+                    stream(call, s, b, unit, start + from_ - offset, start + to - offset)
+                    if to - from_ == size:
+                        finish(call, b, unit * call.unit_heads, s.state)
+                    else:
+                        bytes_ = state_size(call)
+                        slot = partials + bytes_ * (2 * number + (1 if from_ == offset else 0))
+                        for i in range(bytes_ // 8):
+                            store_int64(slot + 8 * i, load_int64(s.state + 8 * i))
+                offset += size
+            if offset >= high:
+                break
+
+    @native
+    def finish_rest(call, partials, length):  # type: ignore[no-untyped-def]
+        """Merge the windows that lie in several ranges, and answer those without positions."""
+        units = call.heads // call.unit_heads
+        bytes_ = state_size(call)
+        offset = 0
+        for b in range(call.batch):
+            start, stop = window(call, b)
+            size = stop - start
+            for unit in range(units):
+                if size == 0:
+                    for i in range(call.unit_heads * call.group):
+                        row = (b * call.heads + unit * call.unit_heads) * call.group + i
+                        store_float32(call.lse + 4 * row, MINUS_INFINITY)
+                        for d in range(call.head_dim):
+                            store_float32(call.out + 4 * (row * call.head_dim + d), F(0))
+                    continue
+                first, last = offset // length, (offset + size - 1) // length
+                if first < last:
+                    state = partials + bytes_ * (2 * first + 1)
+                    for number in range(first + 1, last + 1):
+                        merge(call, state, partials + bytes_ * 2 * number)
+                    finish(call, b, unit * call.unit_heads, state)
+                offset += size
+
+    @native
+    def take_ranges(block):  # type: ignore[no-untyped-def]
+        """What every thread does with the shared block, and the last one to leave frees it."""
+        worker = -1
+        while True:
+            number = fetch_add(block + 8 * NEXT, 1)
+            if number >= load_int64(block + 8 * RANGES):
+                break
+            # A range is taken, so the calling thread waits, and the frame is there.
+            call = read_call(load_int64(block + 8 * FRAME), itemsize)
+            partials = block + 8 * WORDS
+            own = partials + up(2 * load_int64(block + 8 * RANGES) * state_size(call), 64)
+            if worker < 0:
+                worker = fetch_add(block + 8 * WORKERS, 1)
+            size = lay_out(call, 64, lanes, pack, digits, tile, itemsize).size + 64
+            s = lay_out(call, own + worker * size, lanes, pack, digits, tile, itemsize)
+            run_range(call, s, partials, number, load_int64(block + 8 * LENGTH))
+            fetch_add(block + 8 * DONE, 1)
+        if fetch_add(block + 8 * USERS, -1) == 1:
+            release(block)
+        return 0
+
+    task = pointer_to(TASK)
+
+    @native
+    def handle(frame):  # type: ignore[no-untyped-def]
+        if answers_metadata(frame):
+            return 0
+        call = read_call(frame, itemsize)
+        total = 0
+        for b in range(call.batch):
+            start, stop = window(call, b)
+            total += stop - start
+        total *= call.heads // call.unit_heads
+        bytes_ = total * call.unit_heads * call.head_dim * itemsize * 2
+        threads, ranges = 1, 1
+        if bytes_ >= 2 * LEAST_BYTES:
+            threads = num_threads(frame)
+        if threads > 1:
+            ranges = min(threads * RANGES_PER_THREAD, bytes_ // LEAST_BYTES)
+        length = max(1, up((total + ranges - 1) // ranges, tile))
+        ranges = (total + length - 1) // length
+        threads = max(1, min(threads, ranges))
+        scratch = lay_out(call, 64, lanes, pack, digits, tile, itemsize).size + 64
+        block = allocate(8 * WORDS + up(2 * ranges * state_size(call), 64) + 64 + threads * scratch)
+        if block == 0:
+            return 1
+        for i in range(WORDS):
+            store_int64(block + 8 * i, 0)
+        # The caller counts as two users, so that the block is there until it has merged.
+        store_int64(block + 8 * USERS, 1 + threads)
+        store_int64(block + 8 * FRAME, frame)
+        store_int64(block + 8 * RANGES, ranges)
+        store_int64(block + 8 * LENGTH, length)
+        for _ in range(threads - 1):
+            if not schedule(frame, task(), block):
+                fetch_add(block + 8 * USERS, -1)
+        call_pointer(task(), block)
+        spins = 0
+        while fetch_add(block + 8 * DONE, 0) < ranges:
+            spins += 1
+            if spins > 1000:
+                give_way()
+        finish_rest(call, block + 8 * WORDS, length)
+        if fetch_add(block + 8 * USERS, -1) == 1:
+            release(block)
+        return 0
+
+    return handle, take_ranges

@@ -1,0 +1,229 @@
+"""Vector arithmetic as LLVM IR: what the tiles are made of.
+
+Vectors have `lanes` 32-bit lanes. The IR says nothing of a processor but for the narrow dot products, so it compiles
+for any that LLVM knows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from numba_kernels.formats import Format
+from numba_kernels.machine import Machine
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+# exp(r) on |r| <= log(2) / 2: Taylor's series to r**7; what is left out is below 6e-9.
+EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.428606820309417e-06
+EXP_UNDERFLOWS = -87.3  # below this exp(x) is not a normal float32
+PREFETCH_LOCALITY = 2  # of llvm.prefetch: the second-level cache, which has room, and more fetches under way
+
+
+class Vectors:
+    """Emits vector instructions at the end of a builder's block."""
+
+    def __init__(self, builder: ir.IRBuilder, machine: Machine) -> None:
+        self.builder, self.machine, self.lanes = builder, machine, machine.lanes
+        self.ints = ir.VectorType(I32, self.lanes)
+        self.floats = ir.VectorType(F32, self.lanes)
+
+    def constant(self, kind: ir.VectorType, value: float) -> ir.Constant:
+        """The same value in every lane."""
+        return ir.Constant(kind, [value] * kind.count)
+
+    def splat(self, scalar: ir.Value) -> ir.Value:
+        """A scalar in every lane."""
+        kind = ir.VectorType(scalar.type, self.lanes)
+        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
+
+    def address(self, base: ir.Value, index: ir.Value | int, size: int) -> ir.Value:
+        """base + index * size, in bytes."""
+        index = ir.Constant(I64, index) if isinstance(index, int) else index
+        return self.builder.add(base, self.builder.mul(index, ir.Constant(I64, size)))
+
+    def load(self, address: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
+        """What lies at an address."""
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
+
+    def store(self, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+        """Write to an address."""
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def load_first(self, address: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
+        """The first `count` elements at an address, and zeros: nothing behind them is read."""
+        name = f"llvm.masked.load.v{kind.count}{_suffix(kind.element)}.p0"
+        mask_kind = ir.VectorType(ir.IntType(1), kind.count)
+        wide = ir.VectorType(I64, kind.count)
+        whole = self.builder.insert_element(ir.Constant(wide, ir.Undefined), count, ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+        whole = self.builder.shuffle_vector(whole, ir.Constant(wide, ir.Undefined), zeros)
+        mask = self.builder.icmp_signed("<", ir.Constant(wide, list(range(kind.count))), whole)
+        pointer = self.builder.inttoptr(address, kind.as_pointer())
+        function = self.function(name, kind, (pointer.type, I32, mask_kind, kind))
+        return self.builder.call(function, (pointer, ir.Constant(I32, 1), mask, ir.Constant(kind, None)))
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Have the cache line at an address fetched; any address will do."""
+        pointer = self.builder.inttoptr(address, I8.as_pointer())
+        function = self.function("llvm.prefetch.p0", ir.VoidType(), (pointer.type, I32, I32, I32))
+        read, keep, data = (ir.Constant(I32, x) for x in (0, PREFETCH_LOCALITY, 1))
+        self.builder.call(function, (pointer, read, keep, data))
+
+    def function(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
+        """An LLVM intrinsic."""
+        kind = ir.FunctionType(result, arguments)
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)
+
+    def float_function(self, name: str, *values: ir.Value) -> ir.Value:
+        """`llvm.NAME` of float32 vectors or scalars."""
+        kind = values[0].type
+        suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+        return self.builder.call(self.function(f"llvm.{name}.{suffix}", kind, [kind] * len(values)), values)
+
+    def reduce(self, combine: str, vector: ir.Value) -> ir.Value:
+        """All lanes into one, by halves: `combine` is "maxnum" or "fadd"."""
+        count = vector.type.count
+        while count > 1:
+            count //= 2
+            halves = [
+                self.builder.shuffle_vector(
+                    vector,
+                    ir.Constant(vector.type, ir.Undefined),
+                    ir.Constant(ir.VectorType(I32, count), list(range(begin, begin + count))),
+                )
+                for begin in (0, count)
+            ]
+            vector = self.builder.fadd(*halves) if combine == "fadd" else self._pairwise(combine, *halves)
+        return self.builder.extract_element(vector, ir.Constant(I32, 0))
+
+    def _pairwise(self, name: str, a: ir.Value, b: ir.Value) -> ir.Value:
+        kind = a.type
+        return self.builder.call(self.function(f"llvm.{name}.v{kind.count}f32", kind, (kind, kind)), (a, b))
+
+    def dot(self, total: ir.Value, a: ir.Value, b: ir.Value, pack: int, unsigned: str) -> ir.Value:
+        """Add the dot product of a and b to the total, in every lane.
+
+        Args:
+          total: float32 lanes, or int32 where pack is 4.
+          a, b: lanes of one float32, two bfloat16 or four int8.
+          pack: 1, 2 or 4.
+          unsigned: "a" or "b", which one of them is uint8 where pack is 4.
+        """
+        if pack == 1:
+            return self.float_function("fma", self.as_floats(a), self.as_floats(b), total)
+        if pack == 2:
+            name, kind = self.machine.bfloat16_dot, ir.VectorType(_BFLOAT, 2 * self.lanes)
+            a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
+        else:
+            name, kind = self.machine.int8_dot, ir.VectorType(I8, 4 * self.lanes)
+            a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
+            if unsigned == "b":
+                a, b = b, a
+        return self.builder.call(self.function(str(name), total.type, (total.type, kind, kind)), (total, a, b))
+
+    def as_floats(self, vector: ir.Value) -> ir.Value:
+        """The same bits as float32 lanes."""
+        return self.builder.bitcast(vector, self.floats)
+
+    def as_ints(self, vector: ir.Value) -> ir.Value:
+        """The same bits as int32 lanes."""
+        return self.builder.bitcast(vector, self.ints)
+
+    def shuffle(self, a: ir.Value, b: ir.Value, indices: Sequence[int]) -> ir.Value:
+        """Elements of a and b, counted through both."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(indices)), list(indices)))
+
+    def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """A square of `lanes` vectors, turned."""
+        rows, n, step = list(rows), self.lanes, 1
+        while step < n:
+            for i in range(n):
+                if i & step:
+                    continue
+                a, b = rows[i], rows[i + step]
+                low = [x if not x & step else n + (x ^ step) for x in range(n)]
+                high = [x + step if not x & step else n + x for x in range(n)]
+                rows[i], rows[i + step] = self.shuffle(a, b, low), self.shuffle(a, b, high)
+            step *= 2
+        return rows
+
+    def interleave(self, a: ir.Value, b: ir.Value) -> list[ir.Value]:
+        """a0 b0 a1 b1 ..., as two vectors."""
+        n = a.type.count
+        both = [x for i in range(n) for x in (i, n + i)]
+        return [self.shuffle(a, b, both[:n]), self.shuffle(a, b, both[n:])]
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        """exp of float32 lanes, at most 0 each; 0 where it underflows, NaN of NaN."""
+        c, fma = self.constant, lambda *values: self.float_function("fma", *values)
+        rounder = c(self.floats, 1.5 * 2**23)  # adding it rounds to an integer, in the low bits
+        shifted = fma(x, c(self.floats, LOG2E), rounder)
+        n = self.builder.fsub(shifted, rounder)
+        r = fma(n, c(self.floats, -LN2_HIGH), x)
+        r = fma(n, c(self.floats, -LN2_LOW), r)
+        y = c(self.floats, EXP_TERMS[0])
+        for term in EXP_TERMS[1:]:
+            y = fma(y, r, c(self.floats, term))
+        bits = self.builder.shl(
+            self.builder.add(self.as_ints(shifted), c(self.ints, 127)), c(self.ints, 23)
+        )  # 2**n: the rounder's own bits are shifted out
+        y = self.builder.fmul(y, self.as_floats(bits))
+        gone = self.builder.fcmp_ordered("<", x, c(self.floats, EXP_UNDERFLOWS))
+        return self.builder.select(gone, c(self.floats, 0.0), y)
+
+    def round_to_bfloat16(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The nearest bfloat16 of float32 lanes, and what is left of them."""
+        half = self.builder.fptrunc(x, ir.VectorType(_BFLOAT, self.lanes))
+        bits = self.builder.zext(self.builder.bitcast(half, ir.VectorType(I16, self.lanes)), self.ints)
+        return half, self.builder.fsub(x, self.as_floats(self.builder.shl(bits, self.constant(self.ints, 16))))
+
+    def load_lanes(self, form: Format, address: ir.Value, count: ir.Value | None) -> ir.Value:
+        """`lanes` lanes of a row of the cache, as `form` has them.
+
+        Args:
+          form: how.
+          address: of the first element.
+          count: elements there are, where fewer than fill the lanes; the rest is then 0. None: as many.
+        """
+        builder, elements = self.builder, self.lanes * form.pack
+        kind = ir.VectorType({1: I8, 2: I16, 4: F32}[form.itemsize], elements)
+        raw = self.load(address, kind) if count is None else self.load_first(address, kind, count)
+        if form.pack > 1 or form.dtype == "float32":
+            return self.as_ints(raw)
+        if form.dtype == "float16":
+            return self.as_ints(builder.fpext(builder.bitcast(raw, ir.VectorType(F16, elements)), self.floats))
+        if form.dtype == "bfloat16":
+            return builder.shl(builder.zext(raw, self.ints), self.constant(self.ints, 16))
+        return self.as_ints(builder.sitofp(builder.sext(raw, self.ints), self.floats))
+
+    @contextmanager
+    def loop(self, count: ir.Value) -> Iterator[ir.Value]:
+        """For index in range(count)."""
+        with cgutils.for_range(self.builder, count) as loop:
+            yield loop.index
+
+
+class _BFloatType(ir.Type):
+    """bfloat16, which llvmlite's own types lack."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(_BFloatType)
+
+
+_BFLOAT = _BFloatType()
+
+
+def _suffix(element: ir.Type) -> str:
+    return "f32" if element == F32 else f"i{element.width}"

@@ -1,0 +1,339 @@
+"""The Numba implementation: what is its own, beyond the grid that it shares with the others."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, assert_close
+
+import numba_kernels
+from jax_ifa import incre_flash_attention
+from numba_kernels import build, launch
+from numba_kernels.formats import format_of
+from numba_kernels.machine import Machine, describe, this_machine
+
+AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
+ARM = {"neon": True, "bf16": True, "i8mm": True, "fp-armv8": True, "fullfp16": True, "dotprod": True}
+CACHES = [("float32", False), ("bfloat16", False), ("float16", False), ("int8", False), ("bfloat16", True)]
+
+
+def without(machine: Machine, **changes: object) -> Machine:
+    """The same processor, used for less."""
+    return Machine(**{field: changes.get(field, getattr(machine, field)) for field in Machine.__dataclass_fields__})
+
+
+def call(case: Case, **extra: object) -> tuple:
+    """A case by this implementation, and what it was called with."""
+    args, kwargs = case.inputs()
+    run = jax.jit(
+        lambda q, k, v: incre_flash_attention(
+            q, k, v, return_lse=True, **({"implementation": "numba"} | extra | kwargs)
+        )
+    )
+    return run(*args), args, kwargs
+
+
+class TestMachine:
+    def test_x86_with_everything(self) -> None:
+        machine = describe("znver4", AVX512, "x86_64")
+        assert (machine.lanes, machine.bfloat16_dot, machine.int8_dot) == (
+            16,
+            "llvm.x86.avx512bf16.dpbf16ps.512",
+            "llvm.x86.avx512.vpdpbusd.512",
+        )
+
+    def test_older_x86(self) -> None:
+        assert describe("haswell", {"avx2": True, "fma": True}, "x86_64").lanes == 8
+        assert describe("core2", {"sse3": True}, "x86_64").lanes == 4
+
+    def test_arm(self) -> None:
+        machine = describe("neoverse-v1", ARM, "aarch64")
+        assert machine.lanes == 4
+        assert machine.int8_dot == "llvm.aarch64.neon.usdot.v4i32.v16i8"
+        assert describe("cortex-a72", {"neon": True}, "aarch64").int8_dot is None
+
+    def test_narrow_products_only_where_they_keep_the_precision(self) -> None:
+        machine = describe("znver4", AVX512, "x86_64")
+        assert format_of("bfloat16", False, machine).pack == 2
+        assert format_of("bfloat16", True, machine).pack == 1
+        assert format_of("int8", True, machine).pack == 4  # exact to float32 as it is
+        assert format_of("int8", False, without(machine, int8_dot=None)).pack == 1
+
+
+SMALL = [
+    Case(dtype="bfloat16", batch=3, capacity=150, head_dim=48, mask="4d", bias="batch"),
+    Case(dtype="float16", layout="BSND", capacity=100, head_dim=72, padding=3),
+    Case(int8=True, block=32, capacity=200, heads=6, offset=True, head_dim=36),
+    Case(heads=7, kv_heads=1, capacity=130, head_dim=24, lengths="zero"),
+    Case(int8=True, dtype="bfloat16", layout="BSH", antiquant="flat", head_dim=20, capacity=70, mask="3d:uint8:full"),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize(
+    "lesser",
+    [
+        dict(bfloat16_dot=None, int8_dot=None),
+        dict(bfloat16_dot=None, int8_dot=None, lanes=8, columns=2),
+        dict(bfloat16_dot=None, int8_dot=None, lanes=4),
+    ],
+    ids=["no narrow products", "8 lanes", "4 lanes"],
+)
+def test_processors_that_offer_less(case: Case, lesser: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = without(this_machine(), **lesser)
+    monkeypatch.setattr(launch, "this_machine", lambda: machine)
+    (out, lse), args, kwargs = call(case)
+    assert_close(out, lse, args, kwargs)
+
+
+@pytest.mark.parametrize(("dtype", "precise"), CACHES)
+def test_compiles_for_arm(dtype: str, precise: bool) -> None:
+    machine = describe("neoverse-v1", ARM, "aarch64")
+    form = format_of(dtype, precise, machine)
+    code = build.compile_object(form, machine, "aarch64-unknown-linux-gnu")
+    assert code[:4] == b"\x7fELF"
+    assert int.from_bytes(code[18:20], "little") == 183  # EM_AARCH64
+    assert form.pack == {"bfloat16": 1 if precise else 2, "int8": 4}.get(dtype, 1)
+
+
+@pytest.mark.parametrize("layout", ["BNSD", "BSND"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8"])
+def test_shared_among_threads(kind: str, layout: str) -> None:
+    """Long and ragged enough that windows are cut into several ranges."""
+    case = Case(
+        batch=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        capacity=5000,
+        layout=layout,
+        lengths=(5000, 3, 2777),
+        dtype="float32" if kind == "int8" else kind,
+        int8=kind == "int8",
+    )
+    (out, lse), args, kwargs = call(case)
+    assert_close(out, lse, args, kwargs)
+
+
+def test_one_head_of_one_long_sequence() -> None:
+    (out, lse), args, kwargs = call(Case(batch=1, heads=1, kv_heads=1, head_dim=64, capacity=20000, lengths=None))
+    assert_close(out, lse, args, kwargs)
+
+
+def test_large_scores_do_not_overflow_the_digits() -> None:
+    """A query whose largest element is far from the others, and weights of exactly one."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(1, 2, 1, 64)).astype(np.float32)
+    query[..., 0] = 1e4
+    key = rng.integers(-128, 128, (1, 2, 90, 64)).astype(np.int8)
+    kwargs = dict(
+        num_heads=2, num_key_value_heads=2, input_layout="BNSD", antiquant_scale=np.array([1e-4, 1e-2], np.float32)
+    )
+    out, lse = incre_flash_attention(query, key, key, implementation="numba", return_lse=True, **kwargs)
+    assert_close(out, lse, (query, key, key), kwargs)
+
+
+def test_nan_in_the_query_reaches_the_output() -> None:
+    """Integers have no NaN: it must not be lost in the digits."""
+    query = np.full((1, 2, 1, 16), np.nan, np.float32)
+    query[:, 1] = 1.0
+    key = np.ones((1, 2, 40, 16), np.int8)
+    out, lse = incre_flash_attention(
+        query,
+        key,
+        key,
+        num_heads=2,
+        num_key_value_heads=2,
+        input_layout="BNSD",
+        antiquant_scale=np.ones(2, np.float32),
+        implementation="numba",
+        return_lse=True,
+    )
+    assert np.isnan(np.asarray(out[:, 0])).all()
+    assert np.isnan(np.asarray(lse[:, 0])).all()
+    np.testing.assert_allclose(np.asarray(out[:, 1]), 1.0, rtol=1e-6)
+
+
+def test_many_programs_at_once() -> None:
+    """Several Python threads, each with a program of its own, whose calls share XLA's threads."""
+    cases = [Case(seed=i, batch=2, head_dim=32, capacity=4000, lengths=None, dtype="bfloat16") for i in range(4)]
+    expected = [call(case)[0] for case in cases]
+    inputs = [case.inputs() for case in cases]
+    run = jax.jit(
+        lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", return_lse=True, **inputs[0][1])
+    )
+    wrong: list[int] = []
+
+    def repeat(i: int) -> None:
+        for _ in range(30):
+            out, lse = run(*inputs[i][0])
+            same = np.array_equal(np.asarray(out), np.asarray(expected[i][0]))
+            if not same or not np.array_equal(np.asarray(lse), np.asarray(expected[i][1])):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_in_a_scan() -> None:
+    args, kwargs = Case(capacity=64, lengths=None).inputs()
+    kwargs |= dict(implementation="numba")
+
+    def step(query: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        out = incre_flash_attention(query, *args[1:], **kwargs)
+        return out, out
+
+    _, scanned = jax.jit(lambda q: jax.lax.scan(step, q, None, length=3))(args[0])
+    query = jnp.asarray(args[0])
+    for row in scanned:
+        query = incre_flash_attention(query, *args[1:], **kwargs)
+        np.testing.assert_array_equal(np.asarray(row), np.asarray(query))
+
+
+def test_nothing_is_copied() -> None:
+    """The program's own temporaries: the query in float32, and no more than a few of its size."""
+    args, kwargs = Case(
+        batch=2, heads=8, kv_heads=8, head_dim=64, capacity=4096, dtype="bfloat16", lengths=None
+    ).inputs()
+    run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))
+    memory = run.lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.02 * args[1].nbytes
+
+
+def test_exported_programs_need_nothing_of_ours() -> None:
+    args, kwargs = Case(capacity=40).inputs()
+    run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, **kwargs))
+    assert "custom_call @jax_ifa_" in run.lower(*args).as_text()
+    exported = jax.export.export(run, platforms=["cpu"])(*args)
+    assert "custom_call @jax_ifa_" not in exported.mlir_module()
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(np.asarray(again.call(*args)), np.asarray(run(*args)), atol=2e-6)
+
+
+def test_by_name_it_is_for_cpus_only() -> None:
+    args, kwargs = Case().inputs()
+    run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))
+    with pytest.raises(NotImplementedError, match="runs on CPUs only"):
+        run.trace(*args).lower(lowering_platforms=("tpu",))
+
+
+class TestWithoutNumba:
+    @pytest.fixture(autouse=True)
+    def _absent(self, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+        monkeypatch.setattr(numba_kernels.importlib.util, "find_spec", lambda name: None)
+        numba_kernels._missing.cache_clear()
+        yield
+        numba_kernels._missing.cache_clear()
+
+    def test_by_name_it_says_what_to_install(self) -> None:
+        with pytest.raises(NotImplementedError, match=r"needs numba and platformdirs.*pip install 'jax-ifa\[numba\]'"):
+            call(Case(capacity=43))  # a shape that no other test has traced
+
+    def test_by_default_xla_is_used(self) -> None:
+        args, kwargs = Case(capacity=37).inputs()
+        run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, return_lse=True, **kwargs))
+        assert "custom_call @jax_ifa_" not in run.lower(*args).as_text()
+        assert_close(*run(*args), args, kwargs)
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What Python code prints, in a process of its own with the tests' folder on its path."""
+    here = pathlib.Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+RUN = """
+import sys, jax
+from cases import Case, assert_close
+from jax_ifa import incre_flash_attention
+def check(**fields):
+    args, kwargs = Case(**fields).inputs()
+    call = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", return_lse=True, **kwargs))
+    assert_close(*call(*args), args, kwargs)
+"""
+
+
+def test_compiled_code_is_kept_for_the_next_process(tmp_path: pathlib.Path) -> None:
+    code = RUN + "check()\nprint('numba' in sys.modules)"
+    assert in_a_process(code, JAX_IFA_CACHE_DIR=str(tmp_path)).strip() == "True"
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("float32_")
+    assert in_a_process(code, JAX_IFA_CACHE_DIR=str(tmp_path)).strip() == "False"  # not even imported
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "a file"
+    file.touch()
+    in_a_process(RUN + "check()", JAX_IFA_CACHE_DIR=str(file / "below"))
+
+
+def test_a_damaged_cache_is_no_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_IFA_CACHE_DIR", str(tmp_path))
+    machine = this_machine()
+    form = format_of("float32", False, machine)
+    (tmp_path / f"{build.name_of(form, machine)}.bin").write_bytes(b"half a fi")
+    assert build._object_code(form, machine)[:4] != b"half"
+
+
+def test_several_devices() -> None:
+    in_a_process(
+        RUN
+        + """
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec as P
+args, kwargs = Case(batch=4, heads=4, kv_heads=4, head_dim=64, capacity=3000, lengths=None).inputs()
+mesh = Mesh(np.array(jax.devices()), ("b",))
+def step(q, k, v):
+    return incre_flash_attention(q, k, v, implementation="numba", return_lse=True, **kwargs)
+sharded = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P("b"),) * 3, out_specs=(P("b"), P("b"))))
+for _ in range(20):
+    out, lse = sharded(*args)
+assert len(out.sharding.device_set) == 4
+assert_close(out, lse, args, kwargs)
+""",
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    )
+
+
+def test_after_a_fork() -> None:
+    """The child of a process that has used the kernel still gets its results, though XLA's threads are gone in it."""
+    printed = in_a_process(
+        RUN
+        + """
+import os, warnings
+warnings.simplefilter("ignore")
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # the threads that dispatch are JAX's: they die in a fork
+args, kwargs = Case(batch=2, head_dim=64, capacity=4000, lengths=None).inputs()
+args = jax.device_put(args)
+call = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", return_lse=True, **kwargs))
+jax.block_until_ready(call(*args))
+child = os.fork()
+if child == 0:
+    jax.block_until_ready(call(*args))
+    print("child", flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert_close(*call(*args), args, kwargs)
+print("parent")
+"""
+    )
+    assert printed.split() == ["child", "parent"]
