@@ -26,12 +26,35 @@ class Implementation:
       unsupported_reason: why it cannot run these operands, as a sentence for the user, or None if it can. Looks at
         shapes, dtypes and static fields only.
       attend: the loop itself: `Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32).
+      attend_by_default: the same where nobody asked for it by name, and it may choose XLA's when it learns the device;
+        None if that is `attend`.
     """
 
     name: str
     default_on: tuple[str, ...]
     unsupported_reason: Callable[[Operands], str | None]
     attend: Callable[[Operands], Result]
+    attend_by_default: Callable[[Operands], Result] | None = None
+
+
+def _gpu_unsupported_reason(operands: Operands) -> str | None:
+    if not compat.GPU_KERNEL_TESTED:
+        return "the GPU kernel has been tested on JAX 0.11.2 and newer only"
+    from pallas_kernels import gpu  # imported when first asked: the kernels import this package
+
+    return gpu.unsupported_reason(operands)
+
+
+def _gpu_attend(operands: Operands) -> Result:
+    from pallas_kernels import gpu
+
+    return gpu.attend(operands)
+
+
+def _gpu_attend_or_xla(operands: Operands) -> Result:
+    from pallas_kernels import gpu
+
+    return gpu.attend_or_xla(operands)
 
 
 def _tpu_unsupported_reason(operands: Operands) -> str | None:
@@ -48,11 +71,12 @@ def _tpu_attend(operands: Operands) -> Result:
     return tpu.attend(operands)
 
 
+MOSAIC_GPU = Implementation("mosaic_gpu", ("cuda",), _gpu_unsupported_reason, _gpu_attend, _gpu_attend_or_xla)
 # Not yet preferred on TPUs: it is proved under JAX's interpreter, and no machine with a TPU has run it.
 MOSAIC_TPU = Implementation("mosaic_tpu", (), _tpu_unsupported_reason, _tpu_attend)
 XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend)
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_TPU, XLA)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_GPU, MOSAIC_TPU, XLA)
 """In order of preference; XLA, which does everything everywhere, is last."""
 
 
@@ -81,7 +105,7 @@ def _by_platform(operands: Operands) -> Result:
     branches: dict[str, Callable[[Operands], Result]] = {}
     for candidate in capable:
         for platform in candidate.default_on:
-            branches.setdefault(platform, candidate.attend)
+            branches.setdefault(platform, candidate.attend_by_default or candidate.attend)
     if not branches:
         return XLA.attend(operands)
     return jax.lax.platform_dependent(operands, default=XLA.attend, **branches)

@@ -1,0 +1,212 @@
+"""Every static number of one launch, worked out from shapes and the device's tuning."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from jax_ifa.operands import KVView, Operands
+from pallas_kernels.gpu.hopper.tuning import Tuning, tuning_for
+
+ROW_GROUP = 8
+"""Positions at which a copy begins, and whose multiple it copies: rows of a tile of shared memory."""
+M = 64
+"""Rows of a wgmma, and so what T and the head dimension of the values are padded to."""
+N = 8
+"""What the columns of a wgmma, the query heads of a group, are padded to."""
+ACCUMULATOR = 8192
+"""Most float32 numbers of the output that a thread block accumulates: 64 registers of each of its 128 threads."""
+SIDE_BY_SIDE = 64
+"""Most columns of a product whose right operand has several terms; beyond, each term is a product of its own."""
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a thread block can have."""
+SHARED_MEMORY_PER_MULTIPROCESSOR = 228 * 1024
+RESERVED = 1024 + 2048 + 512
+"""Bytes per thread block beside the arrays: the driver's, for reductions between warps, barriers."""
+DIGIT = 254
+"""Base of the int8 digits of a query: digits from -127 to 127."""
+QUERY_DIGITS = 3
+"""Digits of a query that meets int8 keys: 23 bits, of which float32 has 24."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One launch.
+
+    A thread block is one warpgroup. It takes one sequence, one kv head, `columns` of the G query heads, and one of
+    `splits` shares of the tiles of the window.
+
+    Attributes:
+      batch, num_heads, group, head_dim: B, K, G, D.
+      pages, page: how many, and P.
+      table_width: M, or 0 for a contiguous cache.
+      value_table: whether values have a table of their own.
+      head_major: the order of the cache's axes.
+      key_dtype: of the cache. weight_dtype: what values and softmax weights are multiplied in.
+      tile: T. chunk: positions that one copy brings; a page, or a part of one.
+      stages: tiles that shared memory holds.
+      columns: query heads of a thread block, padded to a multiple of 8. blocks: thread blocks that share a group.
+      query_terms: numbers of the key's dtype that stand for one number of the query.
+      weight_terms: numbers of `weight_dtype` that stand for one softmax weight.
+      key_swizzle, value_swizzle: bytes of a row of a tile of shared memory.
+      padded: D rounded up to what the values' side of a wgmma needs.
+      splits: see above.
+      masked: whether there is a mask. bias_dtype: of the bias, or None.
+    """
+
+    batch: int
+    num_heads: int
+    group: int
+    head_dim: int
+    pages: int
+    page: int
+    table_width: int
+    value_table: bool
+    head_major: bool
+    key_dtype: jnp.dtype
+    weight_dtype: jnp.dtype
+    tile: int
+    chunk: int
+    stages: int
+    columns: int
+    blocks: int
+    query_terms: int
+    weight_terms: int
+    key_swizzle: int
+    value_swizzle: int
+    padded: int
+    splits: int
+    masked: bool
+    bias_dtype: jnp.dtype | None
+
+    @property
+    def chunks(self) -> int:
+        """Copies that make a tile."""
+        return self.tile // self.chunk
+
+    @property
+    def items(self) -> int:
+        """Thread blocks of each split."""
+        return self.batch * self.num_heads * self.blocks
+
+    @property
+    def staged(self) -> bool:
+        """Whether values are converted on chip."""
+        return self.key_dtype == jnp.int8
+
+    @property
+    def headroom(self) -> int:
+        """Weights are at most 2**headroom: float16 has few small numbers and room for large ones."""
+        return 15 if self.weight_dtype == jnp.float16 else 0
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences may begin inside a group of 8 rows."""
+        return self.table_width == 0 and self.page % ROW_GROUP != 0
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory of a thread block."""
+        return _shared_memory(self) + RESERVED
+
+
+def swizzle(head_dim: int, itemsize: int) -> int:
+    """The widest row of a tile of shared memory, in bytes, that a row of the cache is a multiple of; 0 if none is."""
+    return next((width for width in (128, 64, 32) if head_dim * itemsize % width == 0), 0)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not less than `value`."""
+    return -(-value // multiple) * multiple
+
+
+def make_plan(operands: Operands, device_kind: str | None) -> Plan:
+    """The plan for operands that `support.unsupported_reason` has nothing against."""
+    kv = operands.kv
+    dtype, head_dim = kv.key.dtype, kv.key.shape[-1]
+    staged = dtype == jnp.int8
+    weight_dtype = jnp.dtype(jnp.float16) if staged else dtype
+    precise = staged or operands.precise
+    padded = round_up(head_dim, M)
+    tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
+    columns = min(round_up(operands.group, N), max(N, ACCUMULATOR // padded // N * N))
+    plan = Plan(
+        batch=operands.batch,
+        num_heads=kv.num_kv_heads,
+        group=operands.group,
+        head_dim=head_dim,
+        pages=kv.key.shape[0],
+        page=kv.page_size,
+        table_width=0 if kv.table is None else kv.table.shape[1],
+        value_table=kv.value_table is not None,
+        head_major=kv.head_major,
+        key_dtype=dtype,
+        weight_dtype=weight_dtype,
+        tile=tuning.tile,
+        chunk=_chunk(kv, tuning.tile),
+        stages=tuning.stages,
+        columns=columns,
+        blocks=-(-operands.group // columns),
+        query_terms=QUERY_DIGITS if staged else 1,
+        weight_terms={jnp.dtype(jnp.float16): 2, jnp.dtype(jnp.bfloat16): 3}[weight_dtype] if precise else 1,
+        key_swizzle=swizzle(head_dim, dtype.itemsize),
+        value_swizzle=128 if staged else swizzle(head_dim, dtype.itemsize),
+        padded=padded,
+        splits=1,
+        masked=operands.mask is not None,
+        bias_dtype=None if operands.bias is None else operands.bias.dtype,
+    )
+    plan = _fitted(plan, tuning)
+    return dataclasses.replace(plan, splits=_splits(plan, kv.capacity, tuning))
+
+
+def _chunk(kv: KVView, tile: int) -> int:
+    return tile if kv.table is None else math.gcd(kv.page_size, tile)
+
+
+def _shared_memory(plan: Plan) -> int:
+    size, weight_size = plan.key_dtype.itemsize, plan.weight_dtype.itemsize
+    query = plan.query_terms * plan.columns * plan.head_dim * size + plan.columns * 4
+    stage = plan.tile * (plan.head_dim + plan.padded) * size
+    if plan.masked:
+        stage += round_up(plan.tile, 128)
+    if plan.bias_dtype is not None:
+        stage += plan.columns * plan.tile * plan.bias_dtype.itemsize
+    weights = plan.weight_terms * plan.columns * plan.tile * weight_size
+    staged = plan.tile * plan.padded * weight_size if plan.staged else 0
+    out = plan.padded * plan.columns * 4 + 2 * 4 * plan.columns
+    return query + plan.stages * stage + weights + staged + out
+
+
+def _fitted(plan: Plan, tuning: Tuning) -> Plan:
+    """The plan with as many stages, then as wide a tile and as many columns, as shared memory has room for."""
+    while plan.shared_memory > SHARED_MEMORY:
+        if plan.stages > 2:
+            plan = dataclasses.replace(plan, stages=plan.stages - 1)
+        elif plan.tile > M:
+            plan = dataclasses.replace(
+                plan, tile=M, chunk=M if plan.table_width == 0 else math.gcd(plan.page, M), stages=tuning.stages
+            )
+        elif plan.stages > 1:
+            plan = dataclasses.replace(plan, stages=1)
+        else:
+            columns = plan.columns - N
+            plan = dataclasses.replace(plan, columns=columns, blocks=-(-plan.group // columns))
+    return plan
+
+
+def _splits(plan: Plan, capacity: int, tuning: Tuning) -> int:
+    """How many thread blocks share a window: what makes the waves of thread blocks shortest, with the merge."""
+    resident = max(1, SHARED_MEMORY_PER_MULTIPROCESSOR // plan.shared_memory)
+    slots = tuning.multiprocessors * min(resident, tuning.blocks_per_multiprocessor)
+    tiles = -(-capacity // plan.tile)
+    most = max(1, min(tiles, tuning.max_splits))
+
+    def cost(splits: int) -> float:
+        waves = -(-plan.items * splits // slots)
+        sharing = -(-min(plan.items * splits, slots) // tuning.multiprocessors)  # thread blocks on a multiprocessor
+        each = -(-tiles // splits) + tuning.overhead_tiles
+        merge = tuning.merge_tiles * splits if splits > 1 else 0.0
+        return waves * each * max(sharing, 1 / tuning.alone) + merge
+
+    return min(range(1, most + 1), key=cost)
