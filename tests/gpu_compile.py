@@ -93,12 +93,12 @@ def read_dumps(folder: Path) -> dict[str, Any]:
             "registers": r"Used (\d+) registers",
             "spills": r"(\d+) bytes spill stores",
             "stack": r"(\d+) bytes stack frame",
-            "barriers": r"used (\d+) barriers",
+            "shared": r"smem_scratch_bytes=(\d+)",
         }.items():
             if (match := re.search(pattern, text)) is not None:
                 found[name] = int(match.group(1))
         if "sass" in file.suffix:
-            opcodes = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.MULTILINE)
+            opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text)
             found["instructions"] = {i: sum(o.startswith(i) for o in opcodes) for i in INSTRUCTIONS}
             found["instructions"]["all"] = len(opcodes)
         file.unlink()

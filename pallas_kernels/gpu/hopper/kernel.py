@@ -108,7 +108,7 @@ def scratch(plan: Plan) -> list[Any]:
             plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle
         ),
         "staged_s": tiled(tile, plan.padded, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
-        "mask_s": plgpu.SMEM((stages, mask_width(plan)), jnp.int8),
+        "mask_s": plgpu.SMEM((stages, plan.mask_width), jnp.int8),
         "bias_s": plgpu.SMEM((stages, plan.columns, tile), plan.bias_dtype or jnp.float32),
         "out_s": plgpu.SMEM((plan.padded, plan.columns), jnp.float32),
         "top_s": plgpu.SMEM((plan.columns,), jnp.float32),
@@ -118,11 +118,6 @@ def scratch(plan: Plan) -> list[Any]:
         "value_arrived": plgpu.Barrier(num_barriers=stages, num_arrivals=plan.chunks),
     }
     return [array for name, array in arrays.items() if name not in absent(plan)]
-
-
-def mask_width(plan: Plan) -> int:
-    """Positions of the mask that one copy brings: whole lines of 128 bytes."""
-    return max(plan.tile, 128)
 
 
 class _Window(NamedTuple):
@@ -173,10 +168,15 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
     if plan.staged:
         query_scale = plgpu.load(r.query_scale_s, layout=PER_COLUMN)
     scale = r.scale[work.sequence] * LOG2_E
+    parts = [
+        pl.ds(begin, min(plan.product_rows, plan.padded - begin)) for begin in range(0, plan.padded, plan.product_rows)
+    ]
 
     def visit(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         out, top, total, pages = carry
-        slot = lax.rem(i, jnp.int32(plan.stages))
+        # The only slot is 0 too, but as a number that the compiler takes to vary: it would keep an address for each part
+        # of the tiles in registers if it knew that they stay the same.
+        slot = lax.rem(i, plan.stages) if plan.stages > 1 else lax.div(i, 2**30)
         following = i + plan.stages
         plgpu.barrier_wait(r.key_arrived.at[slot])
         scores = _scores(r, plan, slot, scale, query_scale)
@@ -192,15 +192,18 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
         shift = finite_top - plan.headroom
         decay = jnp.exp2(top - finite_top)
         weights = jnp.exp2(scores - _over_rows(shift, scores.shape))
-        total = total * _over_rows(decay, total.shape) + weights  # added up over positions at the end
+        if plan.sums_late:
+            total = total * _over_rows(decay, total.shape) + weights
+        else:
+            total = total * decay + jnp.sum(weights, axis=0)
         _store_weights(r, plan, weights)
         plgpu.barrier_wait(r.value_arrived.at[slot])
-        out = out * _over_rows(decay, out.shape)
+        out = [part * _over_rows(decay, part.shape) for part in out]
         if plan.staged:
             _stage_values(r, plan, slot)
         elif plan.masked or plan.bias_dtype is not None:
             # What a fully masked beginning has gathered vanishes, NaN or not; so do values without weight.
-            out = jnp.where(_over_rows(decay, out.shape) == 0.0, 0.0, out)
+            out = [jnp.where(_over_rows(decay, part.shape) == 0.0, 0.0, part) for part in out]
             used = jnp.max(weights, axis=1) > 0.0
             _select_values(r, plan, slot, lambda shape: lax.broadcast_in_dim(used, shape, [0]))
         else:
@@ -212,8 +215,10 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 
         plgpu.commit_smem()
         values = r.staged_s if plan.staged else r.value_s.at[slot]
-        terms = _products(values.transpose((1, 0)), r.weights_s, plan.weight_terms, jnp.float32)
-        out = out + functools.reduce(jnp.add, terms)
+        for n, channels in enumerate(parts):
+            part = values.at[:, channels].transpose((1, 0))
+            terms = _products(part, r.weights_s, plan.weight_terms, jnp.float32)
+            out[n] = functools.reduce(jnp.add, terms, out[n])
 
         @pl.when(following < work.count)
         def _refill_values() -> None:
@@ -226,15 +231,17 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 
     columns = plan.columns
     state = (
-        full((plan.padded, columns), 0.0, LAYOUT),
+        [full((channels.size, columns), 0.0, LAYOUT) for channels in parts],
         full((columns,), -jnp.inf, PER_COLUMN),
-        full((plan.tile, columns), 0.0, LAYOUT),
+        full((plan.tile, columns), 0.0, LAYOUT) if plan.sums_late else full((columns,), 0.0, PER_COLUMN),
         fetch.pages(jnp.int32(plan.stages)),
     )
     out, top, total, _ = lax.fori_loop(0, work.count, visit, state)
-    total = jnp.sum(total, axis=0)
+    if plan.sums_late:
+        total = jnp.sum(total, axis=0)
     inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
-    r.out_s[...] = out * _over_rows(inverse, out.shape)
+    for channels, part in zip(parts, out, strict=True):
+        r.out_s[channels] = part * _over_rows(inverse, part.shape)
     r.top_s[...] = top
     r.total_s[...] = total * 2.0**-plan.headroom
     plgpu.commit_smem()
@@ -345,9 +352,11 @@ def _select_values(r: Refs, plan: Plan, slot: Array, keep: Any) -> None:
 
 def _stage_values(r: Refs, plan: Plan, slot: Array) -> None:
     """int8 values as 16-bit ones, which a wgmma can transpose."""
-    for begin in range(0, plan.padded, M):
-        values = plgpu.load(r.value_s.at[slot, :, pl.ds(begin, M)], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        r.staged_s.at[:, pl.ds(begin, M)][...] = values.astype(plan.weight_dtype)
+    width = max(M, plan.key_swizzle)
+    for begin in range(0, plan.padded, width):
+        channels = pl.ds(begin, width)
+        values = plgpu.load(r.value_s.at[slot, :, channels], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        r.staged_s.at[:, channels][...] = values.astype(plan.weight_dtype)
 
 
 class _Fetch:
@@ -390,7 +399,7 @@ class _Fetch:
         if plan.masked:
             rows, width = self.mask_rows
             first = lax.rem(work.sequence, rows) * width + (ROW_GROUP if plan.ragged else 0)
-            source = r.mask.at[pl.ds(first + origin, mask_width(plan))]
+            source = r.mask.at[pl.ds(first + origin, plan.mask_width)]
             plgpu.copy_gmem_to_smem(source, r.mask_s.at[slot], r.key_arrived.at[slot])
         if plan.bias_dtype is not None:
             positions = pl.ds(origin + (ROW_GROUP if plan.ragged else 0), plan.tile)
@@ -412,7 +421,7 @@ class _Fetch:
                 part = lax.rem((work.begin + i) * plan.chunks + j, plan.page // plan.chunk) * plan.chunk
             else:
                 page, part = work.sequence, (work.begin + i) * plan.tile - work.lead
-            rows = pl.ds(_first_row(plan, page, work.head) + part, plan.chunk)
+            rows = pl.ds(pl.multiple_of(_first_row(plan, page, work.head) + part, ROW_GROUP), plan.chunk)
             tile = source.at[rows, channels] if plan.head_major else source.at[rows, work.head, channels]
             target = slots.at[slot] if plan.chunks == 1 else slots.at[slot, pl.ds(j * plan.chunk, plan.chunk)]
             plgpu.copy_gmem_to_smem(tile, target, arrived.at[slot])

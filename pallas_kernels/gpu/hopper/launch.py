@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ifa.merge import merge_all
 from jax_ifa.operands import Operands
-from pallas_kernels.gpu.hopper.kernel import decode_kernel, mask_width, scratch
+from pallas_kernels.gpu.hopper.kernel import decode_kernel, scratch
 from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, N, Plan, make_plan, round_up
 
 NAME = "incre_flash_attention"

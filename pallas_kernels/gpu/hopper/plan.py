@@ -14,15 +14,23 @@ M = 64
 """Rows of a wgmma, and so what T and the head dimension of the values are padded to."""
 N = 8
 """What the columns of a wgmma, the query heads of a group, are padded to."""
-ACCUMULATOR = 8192
-"""Most float32 numbers of the output that a thread block accumulates: 64 registers of each of its 128 threads."""
+ACCUMULATOR = 4096
+"""Most float32 numbers of the output that a thread block accumulates: 32 registers of each of its 128 threads. With 64
+the rest of the kernel no longer fits beside them."""
 SIDE_BY_SIDE = 64
 """Most columns of a product whose right operand has several terms; beyond, each term is a product of its own."""
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a thread block can have."""
 SHARED_MEMORY_PER_MULTIPROCESSOR = 228 * 1024
-RESERVED = 1024 + 2048 + 512
-"""Bytes per thread block beside the arrays: the driver's, for reductions between warps, barriers."""
+RESERVED = 2048 + 1024
+"""Bytes of shared memory beside the arrays: for reductions between warps, and barriers."""
+DRIVER = 1024
+"""Bytes of a multiprocessor's shared memory that the driver takes for each thread block."""
+ALIGNMENT = 1024
+"""Bytes that arrays in shared memory begin at a multiple of."""
+PRODUCT = 2048
+"""Numbers of the output that one product adds to, so that its own result needs no more than 16 registers of each thread,
+or 32 where there are more than 32 columns."""
 DIGIT = 254
 """Base of the int8 digits of a query: digits from -127 to 127."""
 QUERY_DIGITS = 3
@@ -105,6 +113,21 @@ class Plan:
         return self.table_width == 0 and self.page % ROW_GROUP != 0
 
     @property
+    def mask_width(self) -> int:
+        """Positions of the mask that one copy brings: whole lines of 128 bytes."""
+        return round_up(self.tile, 128)
+
+    @property
+    def sums_late(self) -> bool:
+        """Whether weights are added up over positions at the end only, at a register per weight, not in every tile."""
+        return self.tile * self.columns <= PRODUCT
+
+    @property
+    def product_rows(self) -> int:
+        """Channels of the output that one product adds to."""
+        return M * max(1, PRODUCT // (M * self.columns))
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of shared memory of a thread block."""
         return _shared_memory(self) + RESERVED
@@ -129,7 +152,8 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
     precise = staged or operands.precise
     padded = round_up(head_dim, M)
     tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
-    columns = min(round_up(operands.group, N), max(N, ACCUMULATOR // padded // N * N))
+    most_columns = min(32 if precise else 64, ACCUMULATOR // padded // N * N)
+    columns = min(round_up(operands.group, N), most_columns)
     plan = Plan(
         batch=operands.batch,
         num_heads=kv.num_kv_heads,
@@ -165,17 +189,23 @@ def _chunk(kv: KVView, tile: int) -> int:
 
 
 def _shared_memory(plan: Plan) -> int:
+    """The arrays of `kernel.scratch`, in bytes."""
     size, weight_size = plan.key_dtype.itemsize, plan.weight_dtype.itemsize
-    query = plan.query_terms * plan.columns * plan.head_dim * size + plan.columns * 4
-    stage = plan.tile * (plan.head_dim + plan.padded) * size
-    if plan.masked:
-        stage += round_up(plan.tile, 128)
-    if plan.bias_dtype is not None:
-        stage += plan.columns * plan.tile * plan.bias_dtype.itemsize
-    weights = plan.weight_terms * plan.columns * plan.tile * weight_size
-    staged = plan.tile * plan.padded * weight_size if plan.staged else 0
-    out = plan.padded * plan.columns * 4 + 2 * 4 * plan.columns
-    return query + plan.stages * stage + weights + staged + out
+    bias_size = 0 if plan.bias_dtype is None else plan.bias_dtype.itemsize
+    arrays = [
+        plan.query_terms * plan.columns * plan.head_dim * size,  # query
+        4 * plan.columns if plan.staged else 0,  # its scale
+        plan.stages * plan.tile * plan.head_dim * size,  # keys
+        plan.stages * plan.tile * plan.padded * size,  # values
+        plan.weight_terms * plan.columns * plan.tile * weight_size,  # weights
+        plan.tile * plan.padded * weight_size if plan.staged else 0,  # converted values
+        plan.stages * plan.mask_width if plan.masked else 0,
+        plan.stages * plan.columns * plan.tile * bias_size,
+        4 * plan.padded * plan.columns,  # output
+        4 * plan.columns,  # its top
+        4 * plan.columns,  # and total
+    ]
+    return sum(round_up(array, ALIGNMENT) for array in arrays)
 
 
 def _fitted(plan: Plan, tuning: Tuning) -> Plan:
@@ -197,16 +227,19 @@ def _fitted(plan: Plan, tuning: Tuning) -> Plan:
 
 def _splits(plan: Plan, capacity: int, tuning: Tuning) -> int:
     """How many thread blocks share a window: what makes the waves of thread blocks shortest, with the merge."""
-    resident = max(1, SHARED_MEMORY_PER_MULTIPROCESSOR // plan.shared_memory)
+    resident = max(1, SHARED_MEMORY_PER_MULTIPROCESSOR // (plan.shared_memory + DRIVER))
     slots = tuning.multiprocessors * min(resident, tuning.blocks_per_multiprocessor)
     tiles = -(-capacity // plan.tile)
     most = max(1, min(tiles, tuning.max_splits))
+    # Writing and reading the partial results of one split, in tiles of a multiprocessor.
+    tile_bytes = plan.tile * 2 * plan.head_dim * plan.key_dtype.itemsize
+    partial = plan.items * plan.padded * plan.columns * 2 * 4 / (tuning.multiprocessors * tile_bytes)
 
     def cost(splits: int) -> float:
         waves = -(-plan.items * splits // slots)
         sharing = -(-min(plan.items * splits, slots) // tuning.multiprocessors)  # thread blocks on a multiprocessor
         each = -(-tiles // splits) + tuning.overhead_tiles
-        merge = tuning.merge_tiles * splits if splits > 1 else 0.0
+        merge = (tuning.merge_tiles + partial) * splits if splits > 1 else 0.0
         return waves * each * max(sharing, 1 / tuning.alone) + merge
 
     return min(range(1, most + 1), key=cost)

@@ -37,7 +37,7 @@ class Tuning:
 def shape_class(*, dtype: jnp.dtype, head_dim: int, group: int) -> str:
     """The name of the class that a shape is tuned in: "16-bit, D<=128, G<=8"."""
     bits = dtype.itemsize * 8
-    dim = next(limit for limit in (64, 128, 256, 512) if head_dim <= limit)
+    dim = next(limit for limit in (64, 128, 192, 256, 512) if head_dim <= limit)
     heads = next(limit for limit in (8, 16, 32, 64) if group <= limit)
     return f"{bits}-bit, D<={dim}, G<={heads}"
 
