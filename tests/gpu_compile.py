@@ -69,9 +69,7 @@ def topology(target: str) -> Any:
     from jax.experimental import topologies
 
     description = DESCRIPTION.format(**TARGETS[target], per_core=TARGETS[target]["shared"] + 1024)
-    return topologies.get_topology_desc(
-        topology_name="", platform="cuda", target_config=description, topology="1x1x1"
-    )
+    return topologies.get_topology_desc(topology_name="", platform="cuda", target_config=description, topology="1x1x1")
 
 
 def compile_for(call: Call, target: str) -> Any:
@@ -105,11 +103,30 @@ def read_dumps(folder: Path) -> dict[str, Any]:
     return found
 
 
+def launches(text: str) -> int:
+    """Kernels and copies in the entry computation of a compiled program."""
+    entry = text[text.index("\nENTRY") :]
+    return len(
+        re.findall(r"^\s+(?:ROOT )?%\S+ = .* (?:fusion|custom-call|copy|transpose|reduce)\(", entry, re.MULTILINE)
+    )
+
+
 def main() -> None:
+    from pallas_kernels.gpu.hopper import launch
+
     folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    plans: list[Any] = []
+    make_plan = launch.make_plan
+
+    def recording(*args: Any) -> Any:
+        plans.append(make_plan(*args))
+        return plans[-1]
+
+    launch.make_plan = recording
     for fields in json.load(sys.stdin):
         call = Call(**fields)
         began = time.perf_counter()
+        plans.clear()
         try:
             compiled = compile_for(call, sys.argv[1])
             text = compiled.as_text()
@@ -117,8 +134,12 @@ def main() -> None:
                 "temp": compiled.memory_analysis().temp_size_in_bytes,
                 "cache": call.cache_bytes,
                 "kernel": "mosaic_gpu" in text,
-                "launches": len(re.findall(r"^\s+(?:ROOT )?%\S+ = .* (?:fusion|custom-call|copy|transpose)\(", text[text.index("\nENTRY"):], re.MULTILINE)),
+                "launches": launches(text),
             } | read_dumps(folder)
+            if plans:
+                plan = dataclasses.asdict(plans[-1]) | {"shared_memory": plans[-1].shared_memory}
+                result["plan"] = {name: value for name, value in plan.items() if isinstance(value, int)}
+                result["plan"]["key_bytes"] = plans[-1].key_dtype.itemsize
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:2000]}
         print(json.dumps(result | {"seconds": round(time.perf_counter() - began, 2)}), flush=True)
@@ -128,5 +149,7 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     with tempfile.TemporaryDirectory() as dumps:
-        os.environ.update({f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTXAS", "SASS")} | {"MOSAIC_GPU_DUMP_TO": dumps})
+        os.environ.update(
+            {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTXAS", "SASS")} | {"MOSAIC_GPU_DUMP_TO": dumps}
+        )
         main()

@@ -49,8 +49,8 @@ def choose(devices: Any, *, partitioned: bool, or_xla: bool) -> tuple[Attend, st
       partitioned: whether the compiler is to divide the program among devices, which it can do with XLA's loop only.
       or_xla: whether XLA's loop may be chosen.
     """
-    capabilities = {getattr(device, "compute_capability", None) for device in devices}
-    known = capabilities - {None}
+    capabilities: set[str | None] = {getattr(device, "compute_capability", None) for device in devices}
+    known = {capability for capability in capabilities if capability is not None}
     if or_xla and (partitioned or len(capabilities) != 1 or not known <= KERNELS.keys()):
         return _xla, None
     if len(known) == 1 and not or_xla and not known <= KERNELS.keys():

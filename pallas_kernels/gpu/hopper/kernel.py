@@ -1,8 +1,8 @@
 """The kernel: one pass over the tiles of a share of one window, for the query heads of one kv head.
 
 The operands of the products are swapped: a tile of keys is the left side of the first and a tile of values, transposed,
-of the second, so that the 64 rows a wgmma has anyway are positions and channels, and the few query heads of a group are its
-columns, of which it can have as few as 8.
+of the second, so that the 64 rows a wgmma has anyway are positions and channels, and the few query heads of a group are
+its columns, of which it can have as few as 8.
 
     scores^T (T, columns)  = keys (T, D) @ query^T
     out^T (padded, columns) = values^T (padded, T) @ weights^T
@@ -34,7 +34,8 @@ class Refs(NamedTuple):
     """Where everything is. Optional ones are None where the plan has no use for them.
 
     In the device's memory:
-      query: (B * K * blocks, query_terms * columns or fewer, D). query_scale: (B * K * blocks, columns) float32.
+      query: (B * K, blocks * columns or fewer, D), or for int8 (B * K * blocks, query_terms * columns, D).
+      query_scale: (B * K * blocks, columns) float32.
       key, value: (pages * K * P, D) if head-major, else (pages * P, K, D).
       start, stop: (B,) int32. scale: (B,) float32. table, value_table: (B * M,) int32.
       mask: (rows * width,) int8. bias: (rows, K, heads, width).
@@ -104,9 +105,7 @@ def scratch(plan: Plan) -> list[Any]:
         "query_scale_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "key_s": tiled(stages, tile, plan.head_dim, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
         "value_s": tiled(stages, tile, plan.padded, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
-        "weights_s": tiled(
-            plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle
-        ),
+        "weights_s": tiled(plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
         "staged_s": tiled(tile, plan.padded, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
         "mask_s": plgpu.SMEM((stages, plan.mask_width), jnp.int8),
         "bias_s": plgpu.SMEM((stages, plan.columns, tile), plan.bias_dtype or jnp.float32),
@@ -121,7 +120,7 @@ def scratch(plan: Plan) -> list[Any]:
 
 
 class _Window(NamedTuple):
-    """A thread block's work: tiles [begin, begin + count) of the positions [start, stop).
+    """A thread block's work: so many tiles, from `first` on, of the positions [start, stop).
 
     `lead` rows of the first tile lie before the sequence's first position: copies begin at whole groups of 8 rows.
     """
@@ -134,8 +133,8 @@ class _Window(NamedTuple):
     start: Array
     stop: Array
     lead: Array | int
-    begin: Array
-    count: Array
+    first: Array
+    tiles: Array
 
 
 def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows: int) -> None:
@@ -154,36 +153,34 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 
     for slot in range(plan.stages):
 
-        @pl.when(slot < work.count)
+        @pl.when(slot < work.tiles)
         def _fill(slot: int = slot) -> None:
             pages = fetch.pages(jnp.int32(slot))
             fetch.keys(jnp.int32(slot), slot, pages)
             fetch.values(jnp.int32(slot), slot, pages)
 
-    plgpu.copy_gmem_to_smem(r.query.at[work.item, pl.ds(0, r.query_s.shape[0])], r.query_s, r.query_arrived)
-    query_scale = None
+    plgpu.copy_gmem_to_smem(fetch.query(), r.query_s, r.query_arrived)
     if plan.staged:
         plgpu.copy_gmem_to_smem(r.query_scale.at[work.item], r.query_scale_s, r.query_arrived)
     plgpu.barrier_wait(r.query_arrived)
-    if plan.staged:
-        query_scale = plgpu.load(r.query_scale_s, layout=PER_COLUMN)
     scale = r.scale[work.sequence] * LOG2_E
-    parts = [
-        pl.ds(begin, min(plan.product_rows, plan.padded - begin)) for begin in range(0, plan.padded, plan.product_rows)
-    ]
+    if plan.staged:
+        scale = _load(r.query_scale_s, PER_COLUMN) * scale
+    rows = plan.product_rows
+    parts = [(begin, min(rows, plan.padded - begin)) for begin in range(0, plan.padded, rows)]
 
     def visit(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         out, top, total, pages = carry
-        # The only slot is 0 too, but as a number that the compiler takes to vary: it would keep an address for each part
-        # of the tiles in registers if it knew that they stay the same.
+        # An only slot is 0, but as a number that the compiler takes to vary: if it knew that addresses stay the same, it
+        # would keep one for each part of the tiles in registers.
         slot = lax.rem(i, plan.stages) if plan.stages > 1 else lax.div(i, 2**30)
         following = i + plan.stages
         plgpu.barrier_wait(r.key_arrived.at[slot])
-        scores = _scores(r, plan, slot, scale, query_scale)
+        scores = _scores(r, plan, slot, scale)
         seen = _seen(plan, work, i, (plan.tile, plan.columns), LAYOUT)
         scores = jnp.where(seen, scores, -jnp.inf)
 
-        @pl.when(following < work.count)
+        @pl.when(following < work.tiles)
         def _refill_keys() -> None:
             fetch.keys(following, slot, pages)
 
@@ -207,7 +204,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
             used = jnp.max(weights, axis=1) > 0.0
             _select_values(r, plan, slot, lambda shape: lax.broadcast_in_dim(used, shape, [0]))
         else:
-            begin = (work.begin + i) * plan.tile - work.lead
+            begin = (work.first + i) * plan.tile - work.lead
 
             @pl.when((begin < work.start) | (begin + plan.tile > work.stop))
             def _edge() -> None:
@@ -216,11 +213,11 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
         plgpu.commit_smem()
         values = r.staged_s if plan.staged else r.value_s.at[slot]
         for n, channels in enumerate(parts):
-            part = values.at[:, channels].transpose((1, 0))
+            part = values.at[:, pl.ds(*channels)].transpose((1, 0))
             terms = _products(part, r.weights_s, plan.weight_terms, jnp.float32)
             out[n] = functools.reduce(jnp.add, terms, out[n])
 
-        @pl.when(following < work.count)
+        @pl.when(following < work.tiles)
         def _refill_values() -> None:
             fetch.values(following, slot, pages)
 
@@ -231,17 +228,17 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 
     columns = plan.columns
     state = (
-        [full((channels.size, columns), 0.0, LAYOUT) for channels in parts],
+        [full((size, columns), 0.0, LAYOUT) for _, size in parts],
         full((columns,), -jnp.inf, PER_COLUMN),
         full((plan.tile, columns), 0.0, LAYOUT) if plan.sums_late else full((columns,), 0.0, PER_COLUMN),
         fetch.pages(jnp.int32(plan.stages)),
     )
-    out, top, total, _ = lax.fori_loop(0, work.count, visit, state)
+    out, top, total, _ = lax.fori_loop(0, work.tiles, visit, state)
     if plan.sums_late:
         total = jnp.sum(total, axis=0)
     inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
     for channels, part in zip(parts, out, strict=True):
-        r.out_s[channels] = part * _over_rows(inverse, part.shape)
+        r.out_s[pl.ds(*channels)] = part * _over_rows(inverse, part.shape)
     r.top_s[...] = top
     r.total_s[...] = total * 2.0**-plan.headroom
     plgpu.commit_smem()
@@ -252,7 +249,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 
 
 def _work(r: Refs, plan: Plan) -> _Window:
-    """This thread block's share."""
+    """The share of this thread block."""
     rest = lax.axis_index("unit")
     rest, block = lax.div(rest, plan.blocks), lax.rem(rest, plan.blocks)
     rest, head = lax.div(rest, plan.num_heads), lax.rem(rest, plan.num_heads)
@@ -272,6 +269,12 @@ def _first_row(plan: Plan, page: Array, head: Array) -> Array:
     return (page * plan.num_heads + head if plan.head_major else page) * plan.page
 
 
+def _load(ref: Any, layout: Any) -> Array:
+    """What lies in shared memory, in registers."""
+    load: Any = plgpu.load  # its arguments differ in a JAX that this kernel does not run on, but type checkers do
+    return load(ref, layout=layout)
+
+
 def _over_rows(columns: Array, shape: tuple[int, ...]) -> Array:
     """(columns,) as (rows, columns)."""
     return lax.broadcast_in_dim(columns, shape, [1])
@@ -280,7 +283,7 @@ def _over_rows(columns: Array, shape: tuple[int, ...]) -> Array:
 def _seen(plan: Plan, work: _Window, i: Array, shape: tuple[int, int], layout: Any) -> Array:
     """Which positions of tile i lie in the window, along the rows of `shape`."""
     position = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), layout)
-    origin = (work.begin + i) * plan.tile - work.lead
+    origin = (work.first + i) * plan.tile - work.lead
     return (position >= work.start - origin) & (position < work.stop - origin)
 
 
@@ -300,21 +303,21 @@ def _products(left: Any, right: Any, terms: int, dtype: Any) -> list[Array]:
     return [pl.run_scoped(functools.partial(multiply, part), plgpu.ACC((rows, columns), dtype)) for part in parts]
 
 
-def _scores(r: Refs, plan: Plan, slot: Array, scale: Array, query_scale: Array | None) -> Array:
-    """The scores of a tile in base 2, with bias and mask: (T, columns)."""
+def _scores(r: Refs, plan: Plan, slot: Array, scale: Array) -> Array:
+    """The scores of a tile in base 2, with bias and mask: (T, columns). `scale` is a scalar, or for int8 (columns,)."""
     keys = r.key_s.at[slot]
     if plan.staged:
         digits = [d.astype(jnp.float32) for d in _products(keys, r.query_s, plan.query_terms, jnp.int32)]
         scores = functools.reduce(lambda high, low: high * float(DIGIT) + low, digits)
-        scores = scores * _over_rows(query_scale * scale, scores.shape)
+        scores = scores * _over_rows(scale, scores.shape)
     else:
         (scores,) = _products(keys, r.query_s, 1, jnp.float32)
         scores = scores * scale
     if plan.bias_dtype is not None:
-        bias = plgpu.load(r.bias_s.at[slot].transpose((1, 0)), layout=LAYOUT)
+        bias = _load(r.bias_s.at[slot].transpose((1, 0)), LAYOUT)
         scores = scores + bias.astype(jnp.float32) * LOG2_E
     if plan.masked:
-        mask = plgpu.load(r.mask_s.at[slot, pl.ds(0, plan.tile)], layout=PER_POSITION)
+        mask = _load(r.mask_s.at[slot, pl.ds(0, plan.tile)], PER_POSITION)
         hidden = lax.broadcast_in_dim(mask, scores.shape, [0]) != 0
         scores = jnp.where(hidden, MASK_VALUE * LOG2_E, scores)
     return scores
@@ -346,7 +349,7 @@ def _select_values(r: Refs, plan: Plan, slot: Array, keep: Any) -> None:
     """Zeros for the values of positions that do not count: 0 * NaN is NaN. `keep` takes a shape, (T, channels)."""
     for begin in range(0, plan.padded, M):
         part = r.value_s.at[slot, :, pl.ds(begin, M)]
-        values = plgpu.load(part, layout=LAYOUT)
+        values = _load(part, LAYOUT)
         part[...] = jnp.where(keep(values.shape), values, jnp.zeros_like(values))
 
 
@@ -355,7 +358,7 @@ def _stage_values(r: Refs, plan: Plan, slot: Array) -> None:
     width = max(M, plan.key_swizzle)
     for begin in range(0, plan.padded, width):
         channels = pl.ds(begin, width)
-        values = plgpu.load(r.value_s.at[slot, :, channels], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        values = _load(r.value_s.at[slot, :, channels], plgpu.Layout.WGMMA_UPCAST_2X)
         r.staged_s.at[:, channels][...] = values.astype(plan.weight_dtype)
 
 
@@ -365,6 +368,14 @@ class _Fetch:
     def __init__(self, refs: Refs, plan: Plan, work: _Window, mask_rows: tuple[int, int], bias_rows: int):
         self.refs, self.plan, self.work = refs, plan, work
         self.mask_rows, self.bias_rows = mask_rows, bias_rows
+
+    def query(self) -> Any:
+        """Where the query is."""
+        r, plan, work = self.refs, self.plan, self.work
+        if plan.staged:
+            return r.query.at[work.item]
+        heads = pl.ds(pl.multiple_of(work.block * plan.columns, ROW_GROUP), plan.columns)
+        return r.query.at[work.sequence * plan.num_heads + work.head, heads]
 
     def pages(self, i: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Pages of keys and of values for each chunk of tile i; a chunk outside the window has one inside it.
@@ -379,7 +390,7 @@ class _Fetch:
         high = jnp.maximum(lax.div(work.stop - 1, plan.page), low)
         keys, values = [], []
         for j in range(plan.chunks):
-            index = lax.div((work.begin + i) * plan.chunks + j, plan.page // plan.chunk)
+            index = lax.div((work.first + i) * plan.chunks + j, plan.page // plan.chunk)
             entry = work.sequence * plan.table_width + jnp.clip(jnp.clip(index, low, high), 0, plan.table_width - 1)
             keys.append(jnp.clip(self.refs.table[entry], 0, plan.pages - 1))
             if plan.value_table:
@@ -395,7 +406,7 @@ class _Fetch:
         """Starts the copies of tile i of keys, mask and bias into a slot."""
         r, plan, work = self.refs, self.plan, self.work
         self._tile(r.key, r.key_s, r.key_arrived, i, slot, pages[0])
-        origin = (work.begin + i) * plan.tile - work.lead
+        origin = (work.first + i) * plan.tile - work.lead
         if plan.masked:
             rows, width = self.mask_rows
             first = lax.rem(work.sequence, rows) * width + (ROW_GROUP if plan.ragged else 0)
@@ -414,13 +425,15 @@ class _Fetch:
 
     def _tile(self, source: Any, slots: Any, arrived: Any, i: Array, slot: Any, pages: tuple[Array, ...]) -> None:
         plan, work = self.plan, self.work
-        channels = pl.ds(0, slots.shape[2])
+        # Beyond D a copy finds zeros. It begins at a traced 0, since JAX refuses a static slice that leaves the array.
+        begin = 0 if slots.shape[2] == plan.head_dim else pl.multiple_of(work.sequence * 0, M)
+        channels = pl.ds(begin, slots.shape[2])
         for j in range(plan.chunks):
             if plan.table_width:
                 page = pages[j]
-                part = lax.rem((work.begin + i) * plan.chunks + j, plan.page // plan.chunk) * plan.chunk
+                part = lax.rem((work.first + i) * plan.chunks + j, plan.page // plan.chunk) * plan.chunk
             else:
-                page, part = work.sequence, (work.begin + i) * plan.tile - work.lead
+                page, part = work.sequence, (work.first + i) * plan.tile - work.lead
             rows = pl.ds(pl.multiple_of(_first_row(plan, page, work.head) + part, ROW_GROUP), plan.chunk)
             tile = source.at[rows, channels] if plan.head_major else source.at[rows, work.head, channels]
             target = slots.at[slot] if plan.chunks == 1 else slots.at[slot, pl.ds(j * plan.chunk, plan.chunk)]

@@ -50,20 +50,17 @@ def launch(operands: Operands, plan: Plan) -> tuple[Array, Array]:
         scratch_types=scratch(plan),
         grid=(math.prod(items),),
         grid_names=("unit",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name=NAME,
     )(*arrays)
     return _merged(out, top, total, plan)
 
 
 def _query(query: Array, plan: Plan) -> list[Array]:
-    """(B, K, G, D) as (B * K * blocks, rows, D) in the cache's dtype, and for int8 also its scale per row."""
+    """(B, K, G, D) as `kernel.Refs` has it, and for int8 also its scale per row."""
     if not plan.staged:
         query = _heads(query, plan, axis=2)
-        rows = query.shape[2] // plan.blocks
-        return [query.reshape(plan.items, rows, plan.head_dim)]
+        return [query.reshape(-1, query.shape[2], plan.head_dim)]
     query = query.astype(jnp.float32)
     query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.blocks * plan.columns - plan.group), (0, 0)))
     query = query.reshape(plan.items, plan.columns, plan.head_dim)

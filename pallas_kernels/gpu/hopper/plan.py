@@ -29,8 +29,8 @@ DRIVER = 1024
 ALIGNMENT = 1024
 """Bytes that arrays in shared memory begin at a multiple of."""
 PRODUCT = 2048
-"""Numbers of the output that one product adds to, so that its own result needs no more than 16 registers of each thread,
-or 32 where there are more than 32 columns."""
+"""Numbers of the output that one product adds to, so that its own result takes at most 16 registers of a thread, or 32
+where there are more than 32 columns."""
 DIGIT = 254
 """Base of the int8 digits of a query: digits from -127 to 127."""
 QUERY_DIGITS = 3
