@@ -158,6 +158,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
             pages = fetch.pages(jnp.int32(slot))
             fetch.keys(jnp.int32(slot), slot, pages)
             fetch.values(jnp.int32(slot), slot, pages)
+            fetch.mask_and_bias(jnp.int32(slot), slot)
 
     plgpu.copy_gmem_to_smem(fetch.query(), r.query_s, r.query_arrived)
     if plan.staged:
@@ -171,8 +172,8 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 
     def visit(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         out, top, total, pages = carry
-        # An only slot is 0, but as a number that the compiler takes to vary: if it knew that addresses stay the same, it
-        # would keep one for each part of the tiles in registers.
+        # An only slot is 0, but as a number that the compiler takes to vary: if it knew that addresses stay the same,
+        # it would keep one for each part of the tiles in registers.
         slot = lax.rem(i, plan.stages) if plan.stages > 1 else lax.div(i, 2**30)
         following = i + plan.stages
         plgpu.barrier_wait(r.key_arrived.at[slot])
@@ -220,6 +221,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
         @pl.when(following < work.tiles)
         def _refill_values() -> None:
             fetch.values(following, slot, pages)
+            fetch.mask_and_bias(following, slot)  # read by threads, which only `commit_smem` orders before a copy
 
         return out, new_top, total, fetch.pages(following + 1)
 
@@ -403,9 +405,12 @@ class _Fetch:
         return self.refs.value.shape[0] // (plan.page * (plan.num_heads if plan.head_major else 1))
 
     def keys(self, i: Array, slot: Any, pages: tuple[tuple[Array, ...], tuple[Array, ...]]) -> None:
-        """Starts the copies of tile i of keys, mask and bias into a slot."""
+        """Starts the copies of tile i of keys into a slot."""
+        self._tile(self.refs.key, self.refs.key_s, self.refs.key_arrived, i, slot, pages[0])
+
+    def mask_and_bias(self, i: Array, slot: Any) -> None:
+        """Starts the copies of the mask's and the bias's part of tile i into a slot; they arrive as keys do."""
         r, plan, work = self.refs, self.plan, self.work
-        self._tile(r.key, r.key_s, r.key_arrived, i, slot, pages[0])
         origin = (work.first + i) * plan.tile - work.lead
         if plan.masked:
             rows, width = self.mask_rows

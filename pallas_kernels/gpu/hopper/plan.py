@@ -17,6 +17,8 @@ N = 8
 ACCUMULATOR = 4096
 """Most float32 numbers of the output that a thread block accumulates: 32 registers of each of its 128 threads. With 64
 the rest of the kernel no longer fits beside them."""
+FREE_COLUMNS = 32
+"""Columns of a product that take no longer than fewer would."""
 SIDE_BY_SIDE = 64
 """Most columns of a product whose right operand has several terms; beyond, each term is a product of its own."""
 SHARED_MEMORY = 227 * 1024
@@ -154,6 +156,10 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
     tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
     most_columns = min(32 if precise else 64, ACCUMULATOR // padded // N * N)
     columns = min(round_up(operands.group, N), most_columns)
+    # The terms of a weight are columns of one product, and a few columns more cost nothing: the other side takes the
+    # time. Where there are many columns they do, and 16-bit weights are allowed unless the call is precise.
+    all_terms = {jnp.dtype(jnp.float16): 2, jnp.dtype(jnp.bfloat16): 3}[weight_dtype]
+    free_terms = min(all_terms, max(1, FREE_COLUMNS // columns))
     plan = Plan(
         batch=operands.batch,
         num_heads=kv.num_kv_heads,
@@ -172,7 +178,7 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
         columns=columns,
         blocks=-(-operands.group // columns),
         query_terms=QUERY_DIGITS if staged else 1,
-        weight_terms={jnp.dtype(jnp.float16): 2, jnp.dtype(jnp.bfloat16): 3}[weight_dtype] if precise else 1,
+        weight_terms=all_terms if precise else free_terms,
         key_swizzle=swizzle(head_dim, dtype.itemsize),
         value_swizzle=128 if staged else swizzle(head_dim, dtype.itemsize),
         padded=padded,
