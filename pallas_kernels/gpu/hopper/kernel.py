@@ -39,7 +39,7 @@ class Refs(NamedTuple):
       key, value: (pages * K * P, D) if head-major, else (pages * P, K, D).
       start, stop: (B,) int32. scale: (B,) float32. table, value_table: (B * M,) int32.
       mask: (rows * width,) int8. bias: (rows, K, heads, width).
-      out: (B * K * blocks, splits, padded, columns), top, total: (B * K * blocks, splits, columns), float32.
+      out: (B * K * blocks, splits, columns, padded), top, total: (B * K * blocks, splits, columns), float32.
     In shared memory: the slots that copies land in, and what products and copies read.
     """
 
@@ -109,7 +109,7 @@ def scratch(plan: Plan) -> list[Any]:
         "staged_s": tiled(tile, plan.padded, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
         "mask_s": plgpu.SMEM((stages, plan.mask_width), jnp.int8),
         "bias_s": plgpu.SMEM((stages, plan.columns, tile), plan.bias_dtype or jnp.float32),
-        "out_s": plgpu.SMEM((plan.padded, plan.columns), jnp.float32),
+        "out_s": plgpu.SMEM((plan.columns, plan.padded), jnp.float32),
         "top_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "total_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "query_arrived": plgpu.Barrier(num_arrivals=2 if plan.staged else 1),
@@ -240,7 +240,8 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
         total = jnp.sum(total, axis=0)
     inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
     for channels, part in zip(parts, out, strict=True):
-        r.out_s[pl.ds(*channels)] = part * _over_rows(inverse, part.shape)
+        part = plgpu.layout_cast(part * _over_rows(inverse, part.shape), plgpu.Layout.WGMMA_TRANSPOSED)
+        r.out_s.at[:, pl.ds(*channels)].transpose((1, 0))[...] = part
     r.top_s[...] = top
     r.total_s[...] = total * 2.0**-plan.headroom
     plgpu.commit_smem()

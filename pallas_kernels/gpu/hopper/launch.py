@@ -43,7 +43,7 @@ def launch(operands: Operands, plan: Plan) -> tuple[Array, Array]:
     out, top, total = plgpu.kernel(
         functools.partial(decode_kernel, plan=plan, mask_rows=mask_rows, bias_rows=bias_rows),
         out_type=[
-            jax.ShapeDtypeStruct((*items, plan.padded, plan.columns), jnp.float32),
+            jax.ShapeDtypeStruct((*items, plan.columns, plan.padded), jnp.float32),
             jax.ShapeDtypeStruct((*items, plan.columns), jnp.float32),
             jax.ShapeDtypeStruct((*items, plan.columns), jnp.float32),
         ],
@@ -113,7 +113,7 @@ def _positions(array: Array, plan: Plan) -> Array:
 
 
 def _merged(out: Array, top: Array, total: Array, plan: Plan) -> tuple[Array, Array]:
-    """The results of the splits, (items, splits, padded, columns) and (items, splits, columns), as one.
+    """The results of the splits, (items, splits, columns, padded) and (items, splits, columns), as one.
 
     The tops of the splits are taken from all of them before the merge: beside the -1e12 of a split that is masked
     whole, float32 would have no room for the number of its positions.
@@ -121,7 +121,7 @@ def _merged(out: Array, top: Array, total: Array, plan: Plan) -> tuple[Array, Ar
     highest = jnp.max(top, axis=1, keepdims=True)
     shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
     lse = (top - shift) * math.log(2.0) + jnp.log(total)
-    out = jnp.swapaxes(out[:, :, : plan.head_dim], 2, 3)
+    out = out[..., : plan.head_dim]
     out, lse = (out[:, 0], lse[:, 0]) if plan.splits == 1 else merge_all(out, lse, axis=1)
     lse = lse + shift[:, 0] * math.log(2.0)
     heads = (plan.batch, plan.num_heads, plan.blocks * plan.columns)
