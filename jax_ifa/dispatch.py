@@ -5,12 +5,14 @@ exports for any platform from any machine.
 """
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable
 
 import jax
 from jax import Array
 
-from jax_ifa import compat, xla
+from jax_ifa import xla
 from jax_ifa.operands import Operands
 
 Result = tuple[Array, Array]
@@ -26,54 +28,38 @@ class Implementation:
       unsupported_reason: why it cannot run these operands, as a sentence for the user, or None if it can. Looks at
         shapes, dtypes and static fields only.
       attend: the loop itself: `Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32).
-      attend_by_default: the same, where it was not asked for by name; None if there is no difference.
+      attend_by_default: the same where nobody asked for it by name, and it may take XLA's loop for what only the
+        lowering can tell: the devices it is for, and whether the program is exported.
     """
 
     name: str
     default_on: tuple[str, ...]
     unsupported_reason: Callable[[Operands], str | None]
     attend: Callable[[Operands], Result]
-    attend_by_default: Callable[[Operands], Result] | None = None
+    attend_by_default: Callable[[Operands], Result]
 
 
-def _tpu_unsupported_reason(operands: Operands) -> str | None:
-    if not compat.TPU_KERNEL_TESTED:
-        return "the TPU kernel has been tested on JAX 0.12 and newer only"
-    from pallas_kernels import tpu  # imported when first asked: the kernels import this package
+def _kernels(name: str, default_on: tuple[str, ...], package: str) -> Implementation:
+    """An implementation in a package of its own, imported when first asked, since the kernels import this one.
 
-    return tpu.unsupported_reason(operands)
-
-
-def _tpu_attend(operands: Operands) -> Result:
-    from pallas_kernels import tpu
-
-    return tpu.attend(operands)
-
-
-def _numba_unsupported_reason(operands: Operands) -> str | None:
-    import numba_kernels
-
-    return numba_kernels.unsupported_reason(operands)
+    The package has `unsupported_reason(operands)` and `attend(operands, or_xla=...)`.
+    """
+    find = functools.partial(importlib.import_module, package)
+    return Implementation(
+        name,
+        default_on,
+        lambda operands: find().unsupported_reason(operands),
+        lambda operands: find().attend(operands, or_xla=False),
+        lambda operands: find().attend(operands, or_xla=True),
+    )
 
 
-def _numba_attend(operands: Operands) -> Result:
-    import numba_kernels
+MOSAIC_GPU = _kernels("mosaic_gpu", ("cuda",), "pallas_kernels.gpu")
+MOSAIC_TPU = _kernels("mosaic_tpu", ("tpu",), "pallas_kernels.tpu")
+NUMBA = _kernels("numba", ("cpu",), "numba_kernels")
+XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend, xla.attend)
 
-    return numba_kernels.attend(operands)
-
-
-def _numba_attend_by_default(operands: Operands) -> Result:
-    import numba_kernels
-
-    return numba_kernels.attend(operands, exported_as_xla=True)
-
-
-# Not yet preferred on TPUs: it is proved under JAX's interpreter, and no machine with a TPU has run it.
-MOSAIC_TPU = Implementation("mosaic_tpu", (), _tpu_unsupported_reason, _tpu_attend)
-NUMBA = Implementation("numba", ("cpu",), _numba_unsupported_reason, _numba_attend, _numba_attend_by_default)
-XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend)
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_TPU, NUMBA, XLA)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_GPU, MOSAIC_TPU, NUMBA, XLA)
 """In order of preference; XLA, which does everything everywhere, is last."""
 
 
@@ -102,7 +88,7 @@ def _by_platform(operands: Operands) -> Result:
     branches: dict[str, Callable[[Operands], Result]] = {}
     for candidate in capable:
         for platform in candidate.default_on:
-            branches.setdefault(platform, candidate.attend_by_default or candidate.attend)
+            branches.setdefault(platform, candidate.attend_by_default)
     if not branches:
         return XLA.attend(operands)
     return jax.lax.platform_dependent(operands, default=XLA.attend, **branches)

@@ -39,8 +39,11 @@ def unsupported_reason(operands: Operands) -> str | None:
     return _missing()
 
 
-def attend(operands: Operands, exported_as_xla: bool = False) -> tuple[Array, Array]:
-    """`Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32); see `jax_ifa.operands`."""
+def attend(operands: Operands, *, or_xla: bool = False) -> tuple[Array, Array]:
+    """`Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32); see `jax_ifa.operands`.
+
+    `or_xla` leaves to XLA's loop what only the lowering can tell should not be a foreign call; see `launch.py`.
+    """
     from numba_kernels import launch  # imported by those who use it
 
-    return launch.attend(operands, exported_as_xla)
+    return launch.attend(operands, or_xla=or_xla)

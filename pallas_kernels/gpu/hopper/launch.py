@@ -1,0 +1,128 @@
+"""One launch of the kernel: canonical operands into the arrays it reads, and the splits' results into one."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ifa.merge import merge_all
+from jax_ifa.operands import Operands
+from pallas_kernels.gpu.hopper.kernel import decode_kernel, scratch
+from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, N, Plan, make_plan, round_up
+
+NAME = "incre_flash_attention"
+LINE = 16
+"""Bytes that rows of an array must be a multiple of, for a copy of a part of several of them."""
+
+
+def attend(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
+    """`Operands` to (out (B, K, G, D), lse (B, K, G)), both float32."""
+    return launch(operands, make_plan(operands, device_kind))
+
+
+def launch(operands: Operands, plan: Plan) -> tuple[Array, Array]:
+    """(out, lse) of `operands` by the plan."""
+    kv = operands.kv
+    arrays = [*_query(operands.query, plan), _rows(kv.key, plan), _rows(kv.value, plan)]
+    arrays += [operands.start, operands.stop, operands.scale]
+    arrays += [table.reshape(-1) for table in (kv.table, kv.value_table) if table is not None]
+    mask_rows, bias_rows = (0, 0), 0
+    if operands.mask is not None:
+        mask = _positions(operands.mask.astype(jnp.int8), plan)
+        mask_rows = mask.shape[0], mask.shape[1]
+        arrays.append(mask.reshape(-1))
+    if operands.bias is not None:
+        bias = _positions(_heads(operands.bias, plan, axis=2), plan)
+        bias_rows = bias.shape[0]
+        arrays.append(bias)
+
+    items = (plan.items, plan.splits)
+    out, top, total = plgpu.kernel(
+        functools.partial(decode_kernel, plan=plan, mask_rows=mask_rows, bias_rows=bias_rows),
+        out_type=[
+            jax.ShapeDtypeStruct((*items, plan.columns, plan.padded), jnp.float32),
+            jax.ShapeDtypeStruct((*items, plan.columns), jnp.float32),
+            jax.ShapeDtypeStruct((*items, plan.columns), jnp.float32),
+        ],
+        scratch_types=scratch(plan),
+        grid=(math.prod(items),),
+        grid_names=("unit",),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        kernel_name=NAME,
+    )(*arrays)
+    return _merged(out, top, total, plan)
+
+
+def _query(query: Array, plan: Plan) -> list[Array]:
+    """(B, K, G, D) as `kernel.Refs` has it, and for int8 also its scale per row."""
+    if not plan.staged:
+        query = _heads(query, plan, axis=2)
+        return [query.reshape(-1, query.shape[2], plan.head_dim)]
+    query = query.astype(jnp.float32)
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.blocks * plan.columns - plan.group), (0, 0)))
+    query = query.reshape(plan.items, plan.columns, plan.head_dim)
+    digits, scale = int8_digits(query, plan.query_terms)
+    return [jnp.concatenate(digits, axis=1), scale]
+
+
+def int8_digits(x: Array, terms: int) -> tuple[list[Array], Array]:
+    """Rows of float32 as `terms` rows of int8 digits, highest first, and a float32 scale: x = scale * number.
+
+    The largest of a row becomes the largest number there is, so the error is below 2**-23 of it for 3 digits.
+    """
+    largest = sum(127 * DIGIT**i for i in range(terms))
+    top = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(top == 0.0, 1.0, top / largest)
+    number = jnp.round(x / scale[..., None])
+    digits = []
+    for place in range(terms - 1, -1, -1):
+        digit = jnp.clip(jnp.round(number / DIGIT**place), -127, 127)
+        number = number - digit * DIGIT**place
+        digits.append(digit.astype(jnp.int8))
+    return digits, scale
+
+
+def _heads(array: Array, plan: Plan, *, axis: int) -> Array:
+    """`array` with its axis of G heads padded so that a copy can take `columns` of them; up to 8 need no padding."""
+    whole = plan.blocks * plan.columns
+    if array.shape[axis] in (whole, min(plan.group, N)):
+        return array
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, whole - array.shape[axis])
+    return jnp.pad(array, padding)
+
+
+def _rows(pages: Array, plan: Plan) -> Array:
+    """The cache with its positions in one axis, which moves nothing."""
+    if plan.head_major:
+        return pages.reshape(-1, plan.head_dim)
+    return pages.reshape(-1, plan.num_heads, plan.head_dim)
+
+
+def _positions(array: Array, plan: Plan) -> Array:
+    """`array` with a last axis of whole lines, and room in front where a tile may begin before the first position."""
+    front = ROW_GROUP if plan.ragged else 0
+    width = front + array.shape[-1]
+    back = round_up(width, LINE) - width
+    if front == back == 0:
+        return array
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(front, back)])
+
+
+def _merged(out: Array, top: Array, total: Array, plan: Plan) -> tuple[Array, Array]:
+    """The results of the splits, (items, splits, columns, padded) and (items, splits, columns), as one.
+
+    The tops of the splits are taken from all of them before the merge: beside the -1e12 of a split that is masked
+    whole, float32 would have no room for the number of its positions.
+    """
+    highest = jnp.max(top, axis=1, keepdims=True)
+    shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
+    lse = (top - shift) * math.log(2.0) + jnp.log(total)
+    out = out[..., : plan.head_dim]
+    out, lse = (out[:, 0], lse[:, 0]) if plan.splits == 1 else merge_all(out, lse, axis=1)
+    lse = lse + shift[:, 0] * math.log(2.0)
+    heads = (plan.batch, plan.num_heads, plan.blocks * plan.columns)
+    return out.reshape(*heads, plan.head_dim)[:, :, : plan.group], lse.reshape(heads)[:, :, : plan.group]

@@ -1,0 +1,251 @@
+"""Every static number of one launch, worked out from shapes and the device's tuning."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from jax_ifa.operands import KVView, Operands
+from pallas_kernels.gpu.hopper.tuning import Tuning, tuning_for
+
+ROW_GROUP = 8
+"""Positions at which a copy begins, and whose multiple it copies: rows of a tile of shared memory."""
+M = 64
+"""Rows of a wgmma, and so what T and the head dimension of the values are padded to."""
+N = 8
+"""What the columns of a wgmma, the query heads of a group, are padded to."""
+ACCUMULATOR = 4096
+"""Most float32 numbers of the output that a thread block accumulates: 32 registers of each of its 128 threads. With 64
+the rest of the kernel no longer fits beside them."""
+FREE_COLUMNS = 32
+"""Columns of a product that take no longer than fewer would."""
+SIDE_BY_SIDE = 64
+"""Most columns of a product whose right operand has several terms; beyond, each term is a product of its own."""
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a thread block can have."""
+SHARED_MEMORY_PER_MULTIPROCESSOR = 228 * 1024
+RESERVED = 2048 + 1024
+"""Bytes of shared memory beside the arrays: for reductions between warps, and barriers."""
+DRIVER = 1024
+"""Bytes of a multiprocessor's shared memory that the driver takes for each thread block."""
+ALIGNMENT = 1024
+"""Bytes that arrays in shared memory begin at a multiple of."""
+PRODUCT = 2048
+"""Numbers of the output that one product adds to, so that its own result takes at most 16 registers of a thread, or 32
+where there are more than 32 columns."""
+DIGIT = 254
+"""Base of the int8 digits of a query: digits from -127 to 127."""
+QUERY_DIGITS = 3
+"""Digits of a query that meets int8 keys: 23 bits, of which float32 has 24."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One launch.
+
+    A thread block is one warpgroup. It takes one sequence, one kv head, `columns` of the G query heads, and one of
+    `splits` shares of the tiles of the window.
+
+    Attributes:
+      batch, num_heads, group, head_dim: B, K, G, D.
+      pages, page: how many, and P.
+      table_width: M, or 0 for a contiguous cache.
+      value_table: whether values have a table of their own.
+      head_major: the order of the cache's axes.
+      key_dtype: of the cache. weight_dtype: what values and softmax weights are multiplied in.
+      tile: T. chunk: positions that one copy brings; a page, or a part of one.
+      stages: tiles that shared memory holds.
+      columns: query heads of a thread block, padded to a multiple of 8. blocks: thread blocks that share a group.
+      query_terms: numbers of the key's dtype that stand for one number of the query.
+      weight_terms: numbers of `weight_dtype` that stand for one softmax weight.
+      key_swizzle, value_swizzle: bytes of a row of a tile of shared memory.
+      padded: D rounded up to what the values' side of a wgmma needs.
+      splits: see above.
+      masked: whether there is a mask. bias_dtype: of the bias, or None.
+    """
+
+    batch: int
+    num_heads: int
+    group: int
+    head_dim: int
+    pages: int
+    page: int
+    table_width: int
+    value_table: bool
+    head_major: bool
+    key_dtype: jnp.dtype
+    weight_dtype: jnp.dtype
+    tile: int
+    chunk: int
+    stages: int
+    columns: int
+    blocks: int
+    query_terms: int
+    weight_terms: int
+    key_swizzle: int
+    value_swizzle: int
+    padded: int
+    splits: int
+    masked: bool
+    bias_dtype: jnp.dtype | None
+
+    @property
+    def chunks(self) -> int:
+        """Copies that make a tile."""
+        return self.tile // self.chunk
+
+    @property
+    def items(self) -> int:
+        """Thread blocks of each split."""
+        return self.batch * self.num_heads * self.blocks
+
+    @property
+    def staged(self) -> bool:
+        """Whether values are converted on chip."""
+        return self.key_dtype == jnp.int8
+
+    @property
+    def headroom(self) -> int:
+        """Weights are at most 2**headroom: float16 has few small numbers and room for large ones."""
+        return 15 if self.weight_dtype == jnp.float16 else 0
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences may begin inside a group of 8 rows."""
+        return self.table_width == 0 and self.page % ROW_GROUP != 0
+
+    @property
+    def mask_width(self) -> int:
+        """Positions of the mask that one copy brings: whole lines of 128 bytes."""
+        return round_up(self.tile, 128)
+
+    @property
+    def sums_late(self) -> bool:
+        """Whether weights are added up over positions at the end only, at a register per weight, not in every tile."""
+        return self.tile * self.columns <= PRODUCT
+
+    @property
+    def product_rows(self) -> int:
+        """Channels of the output that one product adds to."""
+        return M * max(1, PRODUCT // (M * self.columns))
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory of a thread block."""
+        return _shared_memory(self) + RESERVED
+
+
+def swizzle(head_dim: int, itemsize: int) -> int:
+    """The widest row of a tile of shared memory, in bytes, that a row of the cache is a multiple of; 0 if none is."""
+    return next((width for width in (128, 64, 32) if head_dim * itemsize % width == 0), 0)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not less than `value`."""
+    return -(-value // multiple) * multiple
+
+
+def make_plan(operands: Operands, device_kind: str | None) -> Plan:
+    """The plan for operands that `support.unsupported_reason` has nothing against."""
+    kv = operands.kv
+    dtype, head_dim = kv.key.dtype, kv.key.shape[-1]
+    staged = dtype == jnp.int8
+    weight_dtype = jnp.dtype(jnp.float16) if staged else dtype
+    precise = staged or operands.precise
+    padded = round_up(head_dim, M)
+    tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
+    most_columns = min(32 if precise else 64, ACCUMULATOR // padded // N * N)
+    columns = min(round_up(operands.group, N), most_columns)
+    # The terms of a weight are columns of one product, and a few columns more cost nothing: the other side takes the
+    # time. Where there are many columns they do, and 16-bit weights are allowed unless the call is precise.
+    all_terms = {jnp.dtype(jnp.float16): 2, jnp.dtype(jnp.bfloat16): 3}[weight_dtype]
+    free_terms = min(all_terms, max(1, FREE_COLUMNS // columns))
+    plan = Plan(
+        batch=operands.batch,
+        num_heads=kv.num_kv_heads,
+        group=operands.group,
+        head_dim=head_dim,
+        pages=kv.key.shape[0],
+        page=kv.page_size,
+        table_width=0 if kv.table is None else kv.table.shape[1],
+        value_table=kv.value_table is not None,
+        head_major=kv.head_major,
+        key_dtype=dtype,
+        weight_dtype=weight_dtype,
+        tile=tuning.tile,
+        chunk=_chunk(kv, tuning.tile),
+        stages=tuning.stages,
+        columns=columns,
+        blocks=-(-operands.group // columns),
+        query_terms=QUERY_DIGITS if staged else 1,
+        weight_terms=all_terms if precise else free_terms,
+        key_swizzle=swizzle(head_dim, dtype.itemsize),
+        value_swizzle=128 if staged else swizzle(head_dim, dtype.itemsize),
+        padded=padded,
+        splits=1,
+        masked=operands.mask is not None,
+        bias_dtype=None if operands.bias is None else operands.bias.dtype,
+    )
+    plan = _fitted(plan, tuning)
+    return dataclasses.replace(plan, splits=_splits(plan, kv.capacity, tuning))
+
+
+def _chunk(kv: KVView, tile: int) -> int:
+    return tile if kv.table is None else math.gcd(kv.page_size, tile)
+
+
+def _shared_memory(plan: Plan) -> int:
+    """The arrays of `kernel.scratch`, in bytes."""
+    size, weight_size = plan.key_dtype.itemsize, plan.weight_dtype.itemsize
+    bias_size = 0 if plan.bias_dtype is None else plan.bias_dtype.itemsize
+    arrays = [
+        plan.query_terms * plan.columns * plan.head_dim * size,  # query
+        4 * plan.columns if plan.staged else 0,  # its scale
+        plan.stages * plan.tile * plan.head_dim * size,  # keys
+        plan.stages * plan.tile * plan.padded * size,  # values
+        plan.weight_terms * plan.columns * plan.tile * weight_size,  # weights
+        plan.tile * plan.padded * weight_size if plan.staged else 0,  # converted values
+        plan.stages * plan.mask_width if plan.masked else 0,
+        plan.stages * plan.columns * plan.tile * bias_size,
+        4 * plan.padded * plan.columns,  # output
+        4 * plan.columns,  # its top
+        4 * plan.columns,  # and total
+    ]
+    return sum(round_up(array, ALIGNMENT) for array in arrays)
+
+
+def _fitted(plan: Plan, tuning: Tuning) -> Plan:
+    """The plan with as many stages, then as wide a tile and as many columns, as shared memory has room for."""
+    while plan.shared_memory > SHARED_MEMORY:
+        if plan.stages > 2:
+            plan = dataclasses.replace(plan, stages=plan.stages - 1)
+        elif plan.tile > M:
+            plan = dataclasses.replace(
+                plan, tile=M, chunk=M if plan.table_width == 0 else math.gcd(plan.page, M), stages=tuning.stages
+            )
+        elif plan.stages > 1:
+            plan = dataclasses.replace(plan, stages=1)
+        else:
+            columns = plan.columns - N
+            plan = dataclasses.replace(plan, columns=columns, blocks=-(-plan.group // columns))
+    return plan
+
+
+def _splits(plan: Plan, capacity: int, tuning: Tuning) -> int:
+    """How many thread blocks share a window: what makes the waves of thread blocks shortest, with the merge."""
+    resident = max(1, SHARED_MEMORY_PER_MULTIPROCESSOR // (plan.shared_memory + DRIVER))
+    slots = tuning.multiprocessors * min(resident, tuning.blocks_per_multiprocessor)
+    tiles = -(-capacity // plan.tile)
+    most = max(1, min(tiles, tuning.max_splits))
+    # Writing and reading the partial results of one split, in tiles of a multiprocessor.
+    tile_bytes = plan.tile * 2 * plan.head_dim * plan.key_dtype.itemsize
+    partial = plan.items * plan.padded * plan.columns * 2 * 4 / (tuning.multiprocessors * tile_bytes)
+
+    def cost(splits: int) -> float:
+        waves = -(-plan.items * splits // slots)
+        sharing = -(-min(plan.items * splits, slots) // tuning.multiprocessors)  # thread blocks on a multiprocessor
+        each = -(-tiles // splits) + tuning.overhead_tiles
+        merge = (tuning.merge_tiles + partial) * splits if splits > 1 else 0.0
+        return waves * each * max(sharing, 1 / tuning.alone) + merge
+
+    return min(range(1, most + 1), key=cost)

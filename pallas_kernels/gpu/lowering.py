@@ -1,0 +1,101 @@
+"""A primitive that waits for its lowering to choose the kernel of the GPU's generation.
+
+While a function is traced, nothing says which GPU it will be compiled for, and asking which devices this machine has
+would give the wrong answer when compiling for another. The lowering knows the devices it is for. Where even it does
+not, as in an export from a machine without a GPU, only XLA's loop runs on every GPU there is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from jax_ifa import xla
+from jax_ifa.operands import Operands
+
+Attend = Callable[[Operands, str | None], tuple[Array, Array]]
+
+
+def _hopper(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
+    from pallas_kernels.gpu.hopper.launch import attend  # Pallas is imported by those who use it
+
+    return attend(operands, device_kind)
+
+
+KERNELS: dict[str, Attend] = {"9.0": _hopper}
+"""The kernel of each compute capability; a function of the operands and of the device's kind, as JAX names it."""
+
+attend_p = Primitive("incre_flash_attention_gpu")
+attend_p.multiple_results = True
+
+
+def bind(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
+    """The decode loop, chosen when it is lowered; `or_xla` allows XLA's."""
+    leaves, tree = jax.tree.flatten(operands)
+    out, lse = attend_p.bind(*leaves, tree=tree, or_xla=or_xla)
+    return out, lse
+
+
+def choose(devices: Any, *, partitioned: bool, or_xla: bool) -> tuple[Attend, str | None]:
+    """The loop for the devices that a lowering is for, and their kind if known.
+
+    Args:
+      devices: those of the backend, or an empty list.
+      partitioned: whether the compiler is to divide the program among devices, which it can do with XLA's loop only.
+      or_xla: whether XLA's loop may be chosen.
+    """
+    capabilities: set[str | None] = {getattr(device, "compute_capability", None) for device in devices}
+    known = {capability for capability in capabilities if capability is not None}
+    if or_xla and (partitioned or len(capabilities) != 1 or not known <= KERNELS.keys()):
+        return _xla, None
+    if len(known) == 1 and not or_xla and not known <= KERNELS.keys():
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' cannot do this call: there is a kernel for compute capability "
+            f"{', '.join(KERNELS)} (Hopper), and this program is for {known.pop()}; leave `implementation` out for XLA"
+        )
+    if len(known) == 1:
+        return KERNELS[known.pop()], devices[0].device_kind
+    return (_xla, None) if or_xla else (_hopper, None)
+
+
+def _xla(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
+    del device_kind
+    return xla.attend(operands)
+
+
+def _is_partitioned(axis_context: Any) -> bool:
+    """Whether the compiler divides the program among devices, rather than the program itself (`shard_map`)."""
+    if hasattr(axis_context, "manual_axes"):
+        return frozenset(axis_context.manual_axes) != frozenset(axis_context.mesh.axis_names)
+    return getattr(axis_context, "num_devices", None) != 1
+
+
+def _attend(*leaves: Array, tree: Any, attend: Attend, device_kind: str | None) -> tuple[Array, Array]:
+    return attend(jax.tree.unflatten(tree, leaves), device_kind)
+
+
+def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
+    module = context.module_context
+    devices = module.backend.devices() if module.backend is not None else []
+    partitioned = _is_partitioned(module.axis_context)
+    attend, device_kind = choose(devices, partitioned=partitioned, or_xla=or_xla)
+    function = functools.partial(_attend, tree=tree, attend=attend, device_kind=device_kind)
+    return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
+
+
+def _abstract(*leaves: Any, tree: Any, or_xla: bool) -> tuple[list[Any], Any]:
+    if not or_xla:  # by name: perhaps under JAX's GPU interpreter, which calls back to the host
+        body = jax.make_jaxpr(functools.partial(_attend, tree=tree, attend=_hopper, device_kind=None))(*leaves)
+        return list(body.out_avals), body.effects
+    query = jax.tree.unflatten(tree, leaves).query
+    return [query.update(dtype=jnp.dtype("float32"), shape=shape) for shape in (query.shape, query.shape[:-1])], set()
+
+
+attend_p.def_effectful_abstract_eval(_abstract)
+attend_p.def_impl(lambda *leaves, **kwargs: jax.jit(functools.partial(attend_p.bind, **kwargs))(*leaves))
+mlir.register_lowering(attend_p, _lower)
