@@ -19,9 +19,6 @@ CPU_CONVERTS_BFLOAT16_UPDATES = jax.__version_info__ < (0, 11, 2)
 """XLA:CPU before this release updates a bfloat16 array in float32, by converting all of it there and back: 70 ms
 instead of 10 us for one token in a cache of 64 MB."""
 
-TPU_KERNEL_TESTED = jax.__version_info__ >= (0, 12)
-"""Whether the Pallas kernel for TPUs has been run under this JAX's interpreter."""
-
 
 def is_concrete(value: Any) -> bool:
     """Whether `value` can be read now: anything but a tracer of jit, vmap, grad or scan."""

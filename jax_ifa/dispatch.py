@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
-from jax_ifa import compat, xla
+from jax_ifa import xla
 from jax_ifa.operands import Operands
 
 Result = tuple[Array, Array]
@@ -26,17 +26,18 @@ class Implementation:
       unsupported_reason: why it cannot run these operands, as a sentence for the user, or None if it can. Looks at
         shapes, dtypes and static fields only.
       attend: the loop itself: `Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32).
+      attend_by_default: the same for a call that named no implementation, if it differs: where only the lowering can
+        tell that this implementation cannot do the call, it then lowers XLA's loop instead of raising.
     """
 
     name: str
     default_on: tuple[str, ...]
     unsupported_reason: Callable[[Operands], str | None]
     attend: Callable[[Operands], Result]
+    attend_by_default: Callable[[Operands], Result] | None = None
 
 
 def _tpu_unsupported_reason(operands: Operands) -> str | None:
-    if not compat.TPU_KERNEL_TESTED:
-        return "the TPU kernel has been tested on JAX 0.12 and newer only"
     from pallas_kernels import tpu  # imported when first asked: the kernels import this package
 
     return tpu.unsupported_reason(operands)
@@ -48,8 +49,13 @@ def _tpu_attend(operands: Operands) -> Result:
     return tpu.attend(operands)
 
 
-# Not yet preferred on TPUs: it is proved under JAX's interpreter, and no machine with a TPU has run it.
-MOSAIC_TPU = Implementation("mosaic_tpu", (), _tpu_unsupported_reason, _tpu_attend)
+def _tpu_attend_by_default(operands: Operands) -> Result:
+    from pallas_kernels import tpu
+
+    return tpu.attend(operands, or_xla=True)
+
+
+MOSAIC_TPU = Implementation("mosaic_tpu", ("tpu",), _tpu_unsupported_reason, _tpu_attend, _tpu_attend_by_default)
 XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend)
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_TPU, XLA)
@@ -81,7 +87,7 @@ def _by_platform(operands: Operands) -> Result:
     branches: dict[str, Callable[[Operands], Result]] = {}
     for candidate in capable:
         for platform in candidate.default_on:
-            branches.setdefault(platform, candidate.attend)
+            branches.setdefault(platform, candidate.attend_by_default or candidate.attend)
     if not branches:
         return XLA.attend(operands)
     return jax.lax.platform_dependent(operands, default=XLA.attend, **branches)
