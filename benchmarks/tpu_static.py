@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,20 +95,39 @@ class Constant:
 
 
 def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str, Any]) -> None:
-    """Compiles the call for a window of exactly so many tiles, known to the compiler; prints the plan's tile."""
+    """Compiles the kernel of a call for a window of exactly so many tiles, known to the compiler; prints the plan.
+
+    The kernel alone, without XLA's part around it: the simulator fails on some of XLA's copies.
+    """
+    import jax
+    from jax.experimental import topologies
+
     from pallas_kernels.tpu import launch, lowering
     from pallas_kernels.tpu.tuning import tuning_for
 
-    kernel = launch.decode_kernel
+    kernel, pallas_call, kernels = launch.decode_kernel, launch.pl.pallas_call, []
 
     def static_kernel(start: Any, stop: Any, *refs: Any, plan: Any, **rest: Any) -> None:
         del start, stop
-        print(json.dumps(dataclasses.asdict(plan) | {"tile": plan.tile}), flush=True)
         kernel(Constant(0), Constant(tiles * plan.tile), *refs, plan=plan, **rest)
 
+    def remember(body: Any, **fields: Any) -> Any:
+        def run(*operands: Any) -> Any:
+            kernels.append((body.keywords["plan"], pallas_call(body, **fields), operands))
+            return kernels[-1][1](*operands)
+
+        return run
+
     launch.decode_kernel = static_kernel  # type: ignore[assignment]
+    launch.pl = types.SimpleNamespace(**vars(launch.pl) | {"pallas_call": remember})  # type: ignore[assignment]
     lowering.tuning_for = lambda kind: dataclasses.replace(tuning_for(kind), cores=1, **overrides)  # type: ignore[assignment]
-    dataclasses.replace(call, capacity=max(TILES) * 4096).compile(TOPOLOGIES[generation])
+    dataclasses.replace(call, capacity=max(TILES) * 16384).lower(TOPOLOGIES[generation])
+    ((plan, kernel_call, operands),) = kernels
+    print(json.dumps(dataclasses.asdict(plan) | {"tile": plan.tile}), flush=True)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in operands]
+    jax.jit(kernel_call, out_shardings=sharding).lower(*shapes).compile()
 
 
 def estimate(generation: str, call: Call, tiles: int, overrides: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -53,8 +53,8 @@ def refills_the_slot_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
     start_full = kernel._Fetch.start_full
 
     def start(self: Any, *place: Any) -> None:
-        tiles = NextSlot(self.refs.key_tile, self.plan.tuning.slots)  # the slot after the freed one is being read
-        astray = kernel._Fetch(self.refs._replace(key_tile=tiles), self.plan, *self.rows_of.values())
+        tiles = NextSlot(self.refs.value_tile, self.plan.tuning.slots)  # the slot after the freed one is being read
+        astray = kernel._Fetch(self.refs._replace(value_tile=tiles), self.plan, *self.rows_of.values())
         start_full(astray, *place)
 
     monkeypatch.setattr(kernel._Fetch, "start_full", start)
