@@ -132,7 +132,11 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
         @pl.when(hot)
         def _hot() -> None:
             fetch.wait_full(slot)
-            part(0, plan.chunks, edge=False, meanwhile=lambda: fetch.start_full(next_item, next_tile, freed))
+            # The compiler keeps copies and reads of one array in order. So the copies of values can hide behind the
+            # scores, which read keys only, and those of keys behind what follows.
+            fetch.start_full(next_item, next_tile, freed, VALUE)
+            fetch.start_rows(next_item, next_tile, freed)
+            part(0, plan.chunks, edge=False, meanwhile=lambda: fetch.start_full(next_item, next_tile, freed, KEY))
 
         @pl.when(more & jnp.logical_not(hot))
         def _start() -> None:
@@ -247,10 +251,13 @@ class _Fetch:
             copies.append(pltpu.make_async_copy(source, refs.bias_tile.at[slot], refs.semaphores.at[slot, BIAS]))
         return copies
 
-    def start_full(self, item: Array, tile: Array, slot: Array) -> None:
+    def start_full(self, item: Array, tile: Array, slot: Array, part: int) -> None:
+        """Starts the copies of a whole tile of KEY or VALUE."""
         for j in range(self.plan.chunks):
-            for copy in self._copies(item, tile, j, slot):
-                copy.start()
+            self._copies(item, tile, j, slot)[part].start()
+
+    def start_rows(self, item: Array, tile: Array, slot: Array) -> None:
+        """Starts the copies of the mask's and the bias's part of a tile."""
         for copy in self._row_copies(item, tile, slot):
             copy.start()
 
@@ -265,8 +272,7 @@ class _Fetch:
 
         @pl.when(low < high)
         def _rows() -> None:
-            for copy in self._row_copies(item, tile, slot):
-                copy.start()
+            self.start_rows(item, tile, slot)
 
     def wait_full(self, slot: Array) -> None:
         """One wait for all copies into a slot: a semaphore counts bytes."""
