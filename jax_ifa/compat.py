@@ -22,9 +22,6 @@ instead of 10 us for one token in a cache of 64 MB."""
 GPU_KERNEL_TESTED = jax.__version_info__ >= (0, 11, 2)
 """Whether the Pallas kernel for GPUs has been run under this JAX's interpreter."""
 
-TPU_KERNEL_TESTED = jax.__version_info__ >= (0, 12)
-"""Whether the Pallas kernel for TPUs has been run under this JAX's interpreter."""
-
 
 def is_concrete(value: Any) -> bool:
     """Whether `value` can be read now: anything but a tracer of jit, vmap, grad or scan."""

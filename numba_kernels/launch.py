@@ -1,8 +1,9 @@
 """The foreign call in a JAX program.
 
-A primitive, because two things are known only when a program is lowered: that it is for a CPU, so that nothing is
-compiled for a program that only passes through this machine; and whether it is being exported. An exported program
-must run on machines without this package, so it gets XLA's loop, unless the foreign call was asked for by name.
+A primitive, because some things are known only when a program is lowered: that it is for a CPU, so that nothing is
+compiled for a program that only passes through this machine; whether it is being exported, and must run on machines
+without this package; whether XLA distributes it over devices by itself, which it can do only with loops of its own.
+Such programs get XLA's loop, unless the foreign call was asked for by name.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_ifa import xla
+from jax_ifa.lowering import partitioned_by_xla
 from jax_ifa.operands import Operands
 from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, this_machine
@@ -24,10 +26,10 @@ attend_p = Primitive("incre_flash_attention_cpu")
 attend_p.multiple_results = True
 
 
-def attend(operands: Operands, exported_as_xla: bool) -> tuple[Array, Array]:
-    """The decode loop as a foreign call, or where it is exported, if `exported_as_xla`, as XLA's loop."""
+def attend(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
+    """The decode loop as a foreign call; `or_xla` allows XLA's loop where that is better."""
     leaves, tree = jax.tree.flatten(operands)
-    out, lse = attend_p.bind(*leaves, tree=tree, exported_as_xla=exported_as_xla)
+    out, lse = attend_p.bind(*leaves, tree=tree, or_xla=or_xla)
     return out, lse
 
 
@@ -80,22 +82,23 @@ def _xla(*leaves: Array, tree: Any) -> tuple[Array, Array]:
     return xla.attend(jax.tree.unflatten(tree, leaves))
 
 
-def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, exported_as_xla: bool) -> Any:
+def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
     """For a CPU."""
     exported = context.module_context.lowering_parameters.for_export
-    function = functools.partial(_xla if exported and exported_as_xla else _call, tree=tree)
+    as_xla = or_xla and (exported or partitioned_by_xla(context))
+    function = functools.partial(_xla if as_xla else _call, tree=tree)
     return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
 
 
-def _lower_elsewhere(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, exported_as_xla: bool) -> Any:
+def _lower_elsewhere(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
     """For other platforms: what JAX asks for when it lowers a program for several at once, though none will run it."""
-    if not exported_as_xla:
+    if not or_xla:
         raise NotImplementedError("implementation='numba' cannot do this call: it runs on CPUs only")
     return mlir.lower_fun(functools.partial(_xla, tree=tree), multiple_results=True)(context, *leaves)
 
 
-def _abstract(*leaves: Any, tree: Any, exported_as_xla: bool) -> list[Any]:
-    del exported_as_xla
+def _abstract(*leaves: Any, tree: Any, or_xla: bool) -> list[Any]:
+    del or_xla
     operands = jax.tree.unflatten(tree, leaves)
     shape = operands.query.shape
     kind = jax.core.ShapedArray

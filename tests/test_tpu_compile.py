@@ -12,15 +12,11 @@ from typing import Any
 
 import pytest
 from tpu_compile import ENVIRONMENT, TOPOLOGIES, Call
-from tpu_interpreter import needs_interpreter
 
-pytestmark = [
-    needs_interpreter,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu, which compiles for a TPU without one, is not installed (the extra 'tpu-compile')",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, which compiles for a TPU without one, is not installed (the extra 'tpu-compile')",
+)
 
 SHARE = 0.02  # of the bytes of the cache
 LONG = 32768

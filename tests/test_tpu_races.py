@@ -4,11 +4,9 @@ from typing import Any
 
 import pytest
 from cases import Case, assert_close
-from tpu_interpreter import interpret, needs_interpreter, small_tiles
+from tpu_interpreter import interpret, small_tiles
 
 from pallas_kernels.tpu import kernel
-
-pytestmark = needs_interpreter
 
 CASES = [
     Case(batch=3, head_dim=128, capacity=640, block=16, dtype="bfloat16", lengths=(640, 0, 300)),
@@ -38,12 +36,26 @@ def no_wait_for_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel._Fetch, "wait_full", lambda self, slot: None)
 
 
+class NextSlot:
+    """The slots of a tile, one off."""
+
+    def __init__(self, tiles: Any, slots: int):
+        self.tiles, self.slots = tiles, slots
+
+    at = property(lambda self: self)
+
+    def __getitem__(self, index: tuple[Any, Any]) -> Any:
+        slot, j = index
+        return self.tiles.at[(slot + 1) % self.slots, j]
+
+
 def refills_the_slot_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
     start_full = kernel._Fetch.start_full
 
-    def start(self: Any, item: Any, tile: Any, slot: Any) -> None:
-        slots = self.plan.tuning.slots
-        start_full(self, item, tile, (slot + 1) % slots)  # the slot after the freed one is the one being read
+    def start(self: Any, *place: Any) -> None:
+        tiles = NextSlot(self.refs.value_tile, self.plan.tuning.slots)  # the slot after the freed one is being read
+        astray = kernel._Fetch(self.refs._replace(value_tile=tiles), self.plan, *self.rows_of.values())
+        start_full(astray, *place)
 
     monkeypatch.setattr(kernel._Fetch, "start_full", start)
 

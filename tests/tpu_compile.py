@@ -111,8 +111,8 @@ class Call:
         )
         return lambda q, k, v, arrays: incre_flash_attention(q, k, v, **arrays, **static)
 
-    def compile(self, topology: str) -> Any:
-        """The executable for the first device of a topology."""
+    def lower(self, topology: str) -> Any:
+        """The program for the first device of a topology."""
         import jax
         from jax.experimental import topologies
 
@@ -120,7 +120,7 @@ class Call:
         sharding = jax.sharding.SingleDeviceSharding(device)
         (query, key, value), arrays = self.specs()
         jitted = jax.jit(self.function(), in_shardings=sharding, out_shardings=sharding)
-        return jitted.lower(query, key, value, arrays).compile()
+        return jitted.lower(query, key, value, arrays)
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def main() -> None:
         call = Call(**fields)
         began = time.perf_counter()
         try:
-            compiled = call.compile(TOPOLOGIES[sys.argv[1]])
+            compiled = call.lower(TOPOLOGIES[sys.argv[1]]).compile()
             result = {
                 "temp": compiled.memory_analysis().temp_size_in_bytes,
                 "cache": call.cache_bytes,

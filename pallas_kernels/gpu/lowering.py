@@ -16,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_ifa import xla
+from jax_ifa.lowering import partitioned_by_xla
 from jax_ifa.operands import Operands
 
 Attend = Callable[[Operands, str | None], tuple[Array, Array]]
@@ -68,13 +69,6 @@ def _xla(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
     return xla.attend(operands)
 
 
-def _is_partitioned(axis_context: Any) -> bool:
-    """Whether the compiler divides the program among devices, rather than the program itself (`shard_map`)."""
-    if hasattr(axis_context, "manual_axes"):
-        return frozenset(axis_context.manual_axes) != frozenset(axis_context.mesh.axis_names)
-    return getattr(axis_context, "num_devices", None) != 1
-
-
 def _attend(*leaves: Array, tree: Any, attend: Attend, device_kind: str | None) -> tuple[Array, Array]:
     return attend(jax.tree.unflatten(tree, leaves), device_kind)
 
@@ -82,8 +76,7 @@ def _attend(*leaves: Array, tree: Any, attend: Attend, device_kind: str | None) 
 def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
     module = context.module_context
     devices = module.backend.devices() if module.backend is not None else []
-    partitioned = _is_partitioned(module.axis_context)
-    attend, device_kind = choose(devices, partitioned=partitioned, or_xla=or_xla)
+    attend, device_kind = choose(devices, partitioned=partitioned_by_xla(context), or_xla=or_xla)
     function = functools.partial(_attend, tree=tree, attend=attend, device_kind=device_kind)
     return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
 

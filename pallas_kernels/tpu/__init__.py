@@ -16,8 +16,11 @@ from jax_ifa.operands import Operands
 from pallas_kernels.tpu.storage import unsupported_reason as unsupported_reason
 
 
-def attend(operands: Operands) -> tuple[Array, Array]:
-    """`Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32); see `jax_ifa.operands`."""
-    from pallas_kernels.tpu.lowering import attend_for_any_generation  # Pallas is imported by those who use it
+def attend(operands: Operands, *, or_xla: bool = False) -> tuple[Array, Array]:
+    """`Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32); see `jax_ifa.operands`.
 
-    return attend_for_any_generation(operands)
+    `or_xla` leaves to XLA's loop what only the lowering can tell the kernel cannot do; see `lowering.py`.
+    """
+    from pallas_kernels.tpu.lowering import attend_for_any_generation  # registers a primitive: for those who use it
+
+    return attend_for_any_generation(operands, or_xla=or_xla)

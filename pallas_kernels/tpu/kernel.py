@@ -5,13 +5,14 @@ The fetches run ahead of that loop: a cursor (item, tile), kept in scalar memory
 on into the following items, so that memory is never idle between sequences. A slot is refilled only in the step after
 the one that read it.
 
-Two versions of the loop body. The hot one is for a tile that lies wholly inside its window while the tile to fetch next
-does too: no masks, every copy started in straight line, one wait for all of them. The edge one is for the rest: it
-copies exactly the chunks that the window touches, and replaces whatever lies outside it before it meets arithmetic,
-since 0 * NaN is NaN.
+A tile that lies wholly inside its window is computed at once, without masks and with one wait for all its copies. Where
+the tile to fetch next does so too, its copies are started in straight line among the arithmetic, which hides them. Of
+other tiles exactly the chunks that the window touches are copied, the arithmetic goes over blocks of them, and whatever
+lies outside the window is replaced before it meets any, since 0 * NaN is NaN.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Refs(NamedTuple):
     """Where everything is. Optional ones are None where the plan has no use for them.
 
     start, stop: (items,) int32, scale: (items,) float32, table: (B * M,) int32, all in scalar memory.
-    query: (1, 1, groups, query_terms * rows, width) of this item, in VMEM.
+    query: (1, 1, groups, rows, width) float32 of this item, in VMEM.
     key, value: the caches in HBM. mask: (R, 1, S) float32, bias: (R, head_blocks, groups * rows, S), in HBM.
     out: (1, groups, rows, width), lse: (1, groups * rows, 128), of this item.
     *_tile: the slots of VMEM that copies land in. semaphores: (slots, 4).
@@ -66,7 +67,7 @@ KEY, VALUE, MASK, BIAS = range(4)  # columns of the semaphores
 
 
 def split_bfloat16(x: Array, terms: int) -> list[Array]:
-    """A float32 array as `terms` bfloat16 arrays whose sum it is, to 8 bits per term; three are exact.
+    """A float32 array as float32 arrays that bfloat16 holds, whose sum it is to 8 bits per term; three are exact.
 
     The low bits are cut off, not rounded, through integers: a compiler may take a rounding there and back for nothing.
     """
@@ -75,7 +76,7 @@ def split_bfloat16(x: Array, terms: int) -> list[Array]:
         head = lax.bitcast_convert_type(
             lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32
         )  # the upper 16 bits
-        parts.append(head.astype(jnp.bfloat16))
+        parts.append(head)
         x = x - head
     return parts
 
@@ -119,26 +120,41 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
         freed = jnp.where(slot == 0, slots - 1, slot - 1)  # read in the step before
         more = next_item < end_item
         next_item = jnp.minimum(next_item, end_item - 1)
-        hot = fetch.is_full(item, tile) & more & fetch.is_full(next_item, next_tile)
+        full = fetch.is_full(item, tile)
+        hot = full & more & fetch.is_full(next_item, next_tile)
         following = fetch.advance(next_item, next_tile, end_item)
         r.cursor[0] = jnp.where(slot == slots - 1, 0, slot + 1)
         r.cursor[1] = jnp.where(more, following[0], end_item)
         r.cursor[2] = following[1]
 
+        part = functools.partial(_accumulate, r, plan, item, tile, slot)
+
         @pl.when(hot)
         def _hot() -> None:
             fetch.wait_full(slot)
-            fetch.start_full(next_item, next_tile, freed)
-            _accumulate(r, plan, item, tile, slot, edge=False)
+            # The compiler keeps copies and reads of one array in order. So the copies of values can hide behind the
+            # scores, which read keys only, and those of keys behind what follows.
+            fetch.start_full(next_item, next_tile, freed, VALUE)
+            fetch.start_rows(next_item, next_tile, freed)
+            part(0, plan.chunks, edge=False, meanwhile=lambda: fetch.start_full(next_item, next_tile, freed, KEY))
 
-        @pl.when(jnp.logical_not(hot))
+        @pl.when(more & jnp.logical_not(hot))
+        def _start() -> None:
+            fetch.start_some(next_item, next_tile, freed)
+
+        @pl.when(full & jnp.logical_not(hot))
+        def _full() -> None:
+            fetch.wait_full(slot)
+            part(0, plan.chunks, edge=False)
+
+        @pl.when(jnp.logical_not(full))
         def _edge() -> None:
-            @pl.when(more)
-            def _start() -> None:
-                fetch.start_some(next_item, next_tile, freed)
+            low, high = fetch.wait_some(item, tile, slot)
 
-            fetch.wait_some(item, tile, slot)
-            _accumulate(r, plan, item, tile, slot, edge=True)
+            def block(index: Array, _: None) -> None:
+                part(index * plan.edge_chunks, plan.edge_chunks, edge=True)
+
+            lax.fori_loop(lax.div(low, plan.edge_chunks), pl.cdiv(high, plan.edge_chunks), block, None)
 
     lax.fori_loop(fetch.first_tile(item), fetch.end_tile(item), visit, None)
 
@@ -235,10 +251,13 @@ class _Fetch:
             copies.append(pltpu.make_async_copy(source, refs.bias_tile.at[slot], refs.semaphores.at[slot, BIAS]))
         return copies
 
-    def start_full(self, item: Array, tile: Array, slot: Array) -> None:
+    def start_full(self, item: Array, tile: Array, slot: Array, part: int) -> None:
+        """Starts the copies of a whole tile of KEY or VALUE."""
         for j in range(self.plan.chunks):
-            for copy in self._copies(item, tile, j, slot):
-                copy.start()
+            self._copies(item, tile, j, slot)[part].start()
+
+    def start_rows(self, item: Array, tile: Array, slot: Array) -> None:
+        """Starts the copies of the mask's and the bias's part of a tile."""
         for copy in self._row_copies(item, tile, slot):
             copy.start()
 
@@ -253,8 +272,7 @@ class _Fetch:
 
         @pl.when(low < high)
         def _rows() -> None:
-            for copy in self._row_copies(item, tile, slot):
-                copy.start()
+            self.start_rows(item, tile, slot)
 
     def wait_full(self, slot: Array) -> None:
         """One wait for all copies into a slot: a semaphore counts bytes."""
@@ -263,7 +281,8 @@ class _Fetch:
             pltpu.make_async_copy(tiles.at[slot], tiles.at[slot], refs.semaphores.at[slot, which]).wait()
         self._wait_rows(slot)
 
-    def wait_some(self, item: Array, tile: Array, slot: Array) -> None:
+    def wait_some(self, item: Array, tile: Array, slot: Array) -> tuple[Array, Array]:
+        """Waits for the chunks of a tile that the window touches, and returns them: [low, high)."""
         low, high = self._chunks(item, tile)
         refs = self.refs
 
@@ -278,6 +297,8 @@ class _Fetch:
         def _rows() -> None:
             self._wait_rows(slot)
 
+        return low, high
+
     def _wait_rows(self, slot: Array) -> None:
         refs = self.refs
         for tiles, which in ((refs.mask_tile, MASK), (refs.bias_tile, BIAS)):
@@ -285,26 +306,42 @@ class _Fetch:
                 pltpu.make_async_copy(tiles.at[slot], tiles.at[slot], refs.semaphores.at[slot, which]).wait()
 
 
-def _accumulate(r: Refs, plan: Plan, item: Array, tile: Array, slot: Array, *, edge: bool) -> None:
-    """One tile into the running softmax: all scores, one softmax over them, then all products with the values.
+def _accumulate(
+    r: Refs,
+    plan: Plan,
+    item: Array,
+    tile: Array,
+    slot: Array,
+    first: Any,
+    chunks: int,
+    *,
+    edge: bool,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Some chunks of a tile into the running softmax: all scores, one softmax over them, then all products with values.
 
-    All heads go through each stage together: one head at a time would wait for the matrix unit's latency each time.
+    All heads go through each stage together: one head at a time would wait for the matrix unit's latency each time. The
+    softmax leaves the scalar units idle, and that is where `meanwhile` starts copies.
     """
-    begin = tile * plan.tile
-    low, high = r.start[item] - begin, r.stop[item] - begin  # the window, in positions of this tile
+    size, offset = chunks * plan.chunk, first * plan.chunk
+    begin = tile * plan.tile + offset
+    low, high = r.start[item] - begin, r.stop[item] - begin  # the window, in these positions
+    place = (slot, first, chunks)
 
     def inside(shape: tuple[int, int], axis: int) -> Array:
         position = lax.broadcasted_iota(jnp.int32, shape, axis)
         return (low <= position) & (position < high)
 
-    scores = jnp.concatenate([_scores(r, plan, slot, group) for group in range(plan.groups)], axis=0)
+    positions = pl.ds(offset if isinstance(offset, int) else pl.multiple_of(offset, LANES), size)
+    scores = jnp.concatenate([_scores(r, plan, place, group) for group in range(plan.groups)], axis=0)
+    meanwhile()
     scores = scores * r.scale[item]
     if plan.biased:
-        scores = scores + r.bias_tile[slot].astype(jnp.float32)
+        scores = scores + r.bias_tile[slot, :, positions].astype(jnp.float32)
     if plan.masked:
-        scores = jnp.where(r.mask_tile[slot] != 0.0, jnp.float32(MASK_VALUE), scores)
+        scores = jnp.where(r.mask_tile[slot, :, positions] != 0.0, jnp.float32(MASK_VALUE), scores)
     if edge:
-        scores = jnp.where(inside((1, plan.tile), 1), scores, -jnp.inf)
+        scores = jnp.where(inside((1, size), 1), scores, -jnp.inf)
 
     top = r.top[...]
     new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
@@ -318,63 +355,69 @@ def _accumulate(r: Refs, plan: Plan, item: Array, tile: Array, slot: Array, *, e
     # outside the window are.
     selects = jnp.issubdtype(r.value_tile.dtype, jnp.floating)
     by_weight = selects and (plan.masked or plan.biased)
-    # Narrowed all at once: a 16-bit tile has rows of two groups.
-    wide = r.value_tile.dtype == jnp.float32
-    terms = [weights] if wide else _narrowed(weights, plan.weight_terms)
+    terms = _terms(weights, plan.weight_terms)
     products = []
     for group in range(plan.groups):
         rows = slice(group * plan.rows, (group + 1) * plan.rows)
-        value = _load(r.value_tile, plan, slot, group)
+        value = _load(r.value_tile, plan, place, group)
         if by_weight:
-            used = jnp.max(weights[rows], axis=0, keepdims=True) > 0.0  # (1, tile)
+            used = jnp.max(weights[rows], axis=0, keepdims=True) > 0.0  # (1, size)
             value = _select(value, used if plan.form == "columns" else _as_column(used))
         elif edge and selects:
-            shape = (1, plan.tile) if plan.form == "columns" else (plan.tile, 1)
-            value = _select(value, inside(shape, shape.index(plan.tile)))
-        products.append(_weighted_sum([term[rows] for term in terms], value, plan))
+            axis = 1 if plan.form == "columns" else 0
+            value = _select(value, inside((1, size) if axis else (size, 1), axis))
+        products.append(_product([term[rows] for term in terms], value, transposed=plan.form == "columns"))
     accumulated = r.accumulator[...] * decay[:, :1]
     if by_weight:  # what a fully masked beginning has gathered vanishes, NaN or not
         accumulated = jnp.where(decay[:, :1] == 0.0, 0.0, accumulated)
     r.accumulator[...] = accumulated + jnp.concatenate(products, axis=0)
 
 
-def _load(tiles: Any, plan: Plan, slot: Array, group: int) -> Array:
-    """The tile of one group of heads, ready for the matrix unit: (tile, width), or (width, tile) in columns."""
+Place = tuple[Any, Any, int]
+"""A slot, and the first and the number of the chunks in it."""
+
+
+def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
+    """Positions of one group of heads, ready for the matrix unit: (size, width), or (width, size) in columns."""
     heads = range(group * plan.packed, (group + 1) * plan.packed)
     dtype = jnp.bfloat16 if tiles.dtype == jnp.int8 else tiles.dtype
+    slot, first, chunks = place
+    size, these = chunks * plan.chunk, pl.ds(first, chunks)
     match plan.form:
         case "heads":
-            parts = [tiles[slot, :, h].reshape(plan.tile, plan.head_dim) for h in heads]
+            parts = [tiles[slot, these, h].reshape(size, plan.head_dim) for h in heads]
             tile = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         case "lanes":
             lanes = slice(group * plan.width, (group + 1) * plan.width)
-            tile = tiles[slot, ..., lanes].reshape(plan.tile, plan.width)
+            tile = tiles[slot, these, ..., lanes].reshape(size, plan.width)
         case "columns":
             columns = []
-            for j in range(plan.chunks):
-                stacked = [tiles[slot, j, h] for h in heads]
+            for j in range(chunks):
+                stacked = [tiles[slot, first + j, h] for h in heads]
                 columns.append(stacked[0] if len(stacked) == 1 else jnp.concatenate(stacked, axis=0))
             tile = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
     return tile.astype(dtype)
 
 
-def _scores(r: Refs, plan: Plan, slot: Array, group: int) -> Array:
-    """q . k for one group of heads: (rows, tile) float32, unscaled."""
-    key = _load(r.key_tile, plan, slot, group)
-    terms = _dot(r.query[0, 0, group], key, transposed=plan.form != "columns")
-    return functools.reduce(jnp.add, (terms[i * plan.rows : (i + 1) * plan.rows] for i in range(plan.query_terms)))
+def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
+    """q . k for one group of heads: (rows, size) float32, unscaled."""
+    key = _load(r.key_tile, plan, place, group)
+    return _product(_terms(r.query[0, 0, group], plan.query_terms), key, transposed=plan.form != "columns")
 
 
-def _narrowed(weights: Array, terms: int) -> list[Array]:
-    """float32 weights as bfloat16: rounded, or as several numbers that lose nothing."""
-    return [weights.astype(jnp.bfloat16)] if terms == 1 else split_bfloat16(weights, terms)
+def _terms(x: Array, count: int) -> list[Array]:
+    """`x` as so many addends that its narrow factor's dtype holds; one is left to be rounded."""
+    return [x] if count == 1 else split_bfloat16(x, count)
 
 
-def _weighted_sum(terms: list[Array], value: Array, plan: Plan) -> Array:
-    """p . v for one group of heads: (rows, width) float32, where p is the sum of `terms`."""
+def _product(terms: list[Array], right: Array, *, transposed: bool) -> Array:
+    """The sum of `terms`, each (rows, n), times `right`, in its dtype: (rows, m) float32.
+
+    They are stacked before they are narrowed, since a tile of a 16-bit array has more rows than one of them.
+    """
     stacked = terms[0] if len(terms) == 1 else jnp.concatenate(terms, axis=0)
-    products = _dot(stacked, value, transposed=plan.form == "columns")
-    return functools.reduce(jnp.add, (products[i * plan.rows : (i + 1) * plan.rows] for i in range(len(terms))))
+    products = _dot(stacked.astype(right.dtype), right, transposed=transposed)
+    return functools.reduce(jnp.add, jnp.split(products, len(terms), axis=0))
 
 
 def _dot(left: Array, right: Array, *, transposed: bool) -> Array:
@@ -390,6 +433,6 @@ def _select(value: Array, keep: Array) -> Array:
 
 
 def _as_column(row: Array) -> Array:
-    """(1, tile) bool as (tile, 1)."""
+    """(1, size) bool as (size, 1)."""
     column = jnp.broadcast_to(row.astype(jnp.float32), (ROW_GROUP, row.shape[1])).T
     return column[:, :1] > 0.0

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ifa.operands import Operands
 from jax_ifa.paging import clamp_table
-from pallas_kernels.tpu.kernel import ROW_GROUP, decode_kernel, split_bfloat16
+from pallas_kernels.tpu.kernel import ROW_GROUP, decode_kernel
 from pallas_kernels.tpu.merging import masked_positions, merge_parts
 from pallas_kernels.tpu.plan import Plan, make_plan
 from pallas_kernels.tpu.storage import LANES, view
@@ -35,7 +35,7 @@ def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
     if kv.table is not None:
         scalars.append(clamp_table(kv.table, kv.key.shape[0]).reshape(-1))
     key, value = (_tiled(view(pages, head_major=kv.head_major, to=plan.form), plan) for pages in (kv.key, kv.value))
-    query = packed_query(operands.query, plan, dtype=jnp.float32 if key.dtype == jnp.float32 else jnp.bfloat16)
+    query = packed_query(operands.query.astype(jnp.float32), plan)
     arrays, rows = [query, key, value], {"rows_of_mask": 0, "rows_of_bias": 0}
     if operands.mask is not None:
         mask = _whole_tiles(operands.mask[:, None, : kv.capacity].astype(jnp.float32), plan)
@@ -124,8 +124,8 @@ def per_item(values: Sequence[Array], plan: Plan) -> Array:
     return jnp.pad(items, (0, plan.items - items.shape[0]))
 
 
-def packed_query(query: Array, plan: Plan, dtype: jnp.dtype) -> Array:
-    """(B, K, G, D) to (B, head_blocks, groups, query_terms * rows, width): block diagonal; see `Plan`."""
+def packed_query(query: Array, plan: Plan) -> Array:
+    """(B, K, G, D) to (B, head_blocks, groups, rows, width): block diagonal; see `Plan`."""
     blocks = (plan.batch, plan.head_blocks, plan.groups)
     query = query.reshape(*blocks, plan.packed, plan.group, plan.head_dim)
     none = (0, 0)
@@ -134,10 +134,7 @@ def packed_query(query: Array, plan: Plan, dtype: jnp.dtype) -> Array:
         for j in range(plan.packed)
     ]
     query = jnp.concatenate(diagonal, axis=3)
-    query = jnp.pad(query, (none,) * 3 + ((0, plan.rows - plan.packed * plan.group), none))
-    if plan.query_terms == 1:
-        return query.astype(dtype)
-    return jnp.concatenate(split_bfloat16(query, plan.query_terms), axis=3)
+    return jnp.pad(query, (none,) * 3 + ((0, plan.rows - plan.packed * plan.group), none))
 
 
 def packed_bias(bias: Array, plan: Plan) -> Array:

@@ -11,7 +11,7 @@ from pallas_kernels.tpu.tuning import Tuning
 
 SUBLANES = 8
 MAX_CHUNK = 512
-MAX_TILE = 4096
+MAX_TILE = 16384
 MAX_ITEM_ROWS = 512
 
 
@@ -34,6 +34,7 @@ class Plan:
       table_width: M, or 0 without a table.
       item_heads, packed, width, rows: see above.
       chunk, chunks: see above; tile = chunk * chunks, a multiple of 128.
+      edge_chunks: chunks in a block of a tile that the window does not fill: such a tile is computed block by block.
       query_terms, weight_terms: bfloat16 numbers whose sum stands for one float32 query element or softmax weight.
       row_groups: whether rows of a cache in lanes are viewed in groups of 8.
       splits: parts each sequence's window is cut into, 1 or the number of cores.
@@ -54,6 +55,7 @@ class Plan:
     rows: int
     chunk: int
     chunks: int
+    edge_chunks: int
     query_terms: int
     weight_terms: int
     row_groups: bool
@@ -106,7 +108,7 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
     rows = _round_up(packed * group, SUBLANES)
     target = tuning.tile_bytes // position_bytes
     # Scores and weights of a tile are float32 (rows, tile), a few of them at a time.
-    target = min(target, MAX_TILE, max(LANES, tuning.tile_bytes // 8 // (4 * rows * (item_heads // packed))))
+    target = min(target, MAX_TILE, max(LANES, tuning.tile_bytes // 4 // (4 * rows * (item_heads // packed))))
     chunk = _chunk(page, alignment(kv), target)
     unit = math.lcm(chunk, LANES)
     tile = unit * max(1, min(target // unit, -(-kv.capacity // unit)))
@@ -125,8 +127,9 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
         rows=rows,
         chunk=chunk,
         chunks=tile // chunk,
+        edge_chunks=next(d for d in _divisors(tile // unit) if 4 * d >= tile // unit) * (unit // chunk),
         query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
-        weight_terms=3 if not wide and (operands.precise or dtype == jnp.int8) else 1,
+        weight_terms=1 if wide else 3 if operands.precise or dtype == jnp.int8 else 2,
         row_groups=memory == "lanes" and dtype != jnp.int8 and kv.page_size % SUBLANES == 0,
         splits=tuning.cores if operands.batch % tuning.cores else 1,
         masked=operands.mask is not None,
