@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jax_ifa import incre_flash_attention
 from jax_ifa.dispatch import implementation_names
 from jax_ifa.reference import incre_flash_attention_reference
 
@@ -136,6 +137,20 @@ class Case:
             if self.quant.endswith("offset"):
                 kwargs["quant_offset2"] = rng.uniform(-9, 9, form).astype(np.float32)
         return (query, key, value), kwargs
+
+
+def run_everywhere(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Output and LSE of a call by the default, after every implementation that runs here has given the same."""
+    out, lse = incre_flash_attention(*args, return_lse=True, **kwargs)
+    for name in IMPLEMENTATIONS_HERE:
+        other, other_lse = incre_flash_attention(*args, return_lse=True, implementation=name, **kwargs)
+        assert other.dtype == out.dtype
+        a, b = np.asarray(other, np.float64), np.asarray(out, np.float64)
+        largest = np.nanmax(np.abs(b), initial=1.0, where=np.isfinite(b))
+        tolerance = 1.0 if out.dtype == jnp.int8 else 2 * TOLERANCE[str(out.dtype)] * largest
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(np.asarray(other_lse), np.asarray(lse), rtol=4e-6, atol=8e-6, err_msg=name)
+    return out, lse
 
 
 def run_reference(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

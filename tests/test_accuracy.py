@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES
+from cases import DTYPES, IMPLEMENTATIONS_HERE
 
 from jax_ifa import incre_flash_attention
 
@@ -26,9 +26,10 @@ def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.nda
     return np.einsum("bnqs,bsnd->bqnd", weights / weights.sum(-1, keepdims=True), v)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
 @pytest.mark.parametrize("inner_precise", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_worse_than_jax_nn(dtype: str, inner_precise: int) -> None:
+def test_no_worse_than_jax_nn(dtype: str, inner_precise: int, implementation: str) -> None:
     squares = np.zeros(2)  # ours, theirs
     for b, n, k, s, d in SHAPES:
         lengths = np.linspace(s // 3, s, b).astype(np.int32)
@@ -46,6 +47,7 @@ def test_no_worse_than_jax_nn(dtype: str, inner_precise: int) -> None:
                 scale_value=d**-0.5,
                 actual_seq_lengths=lengths,
                 inner_precise=inner_precise,
+                implementation=implementation,
             )
             with jax.numpy_dtype_promotion("standard"):  # theirs needs it
                 theirs = jax.nn.dot_product_attention(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import IMPLEMENTATIONS_HERE
 
 from jax_ifa import cache, incre_flash_attention
 
@@ -25,7 +26,7 @@ def struct(shape: tuple[int, ...], dtype: object = jnp.float32) -> jax.ShapeDtyp
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def call(layout: str, block: int, int8: bool, **features: object):
+def call(layout: str, block: int, int8: bool, implementation: str | None = None, **features: object):
     """The function of arrays that is compiled, and the arrays that are not query, key and value."""
     arrays = {"actual_seq_lengths": struct((B,), jnp.int32)}
     if block:
@@ -33,20 +34,20 @@ def call(layout: str, block: int, int8: bool, **features: object):
     if int8:
         arrays |= {"antiquant_scale": struct((2, K, D)), "antiquant_offset": struct((2, K, D))}
     arrays |= features
-    static = dict(
-        num_heads=N, num_key_value_heads=K, input_layout=layout, block_size=block, scale_value=0.1, return_lse=True
-    )
+    static = dict(num_heads=N, num_key_value_heads=K, input_layout=layout, block_size=block, scale_value=0.1)
+    static |= dict(return_lse=True, implementation=implementation)
     return lambda q, k, v, arrays: incre_flash_attention(q, k, v, **arrays, **static), arrays
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
 @pytest.mark.parametrize("form", CACHES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
-def test_temporaries_do_not_grow_with_the_cache(dtype: str, form: str) -> None:
+def test_temporaries_do_not_grow_with_the_cache(dtype: str, form: str, implementation: str) -> None:
     layout, shape, block = CACHES[form]
     block = 32 if dtype == "int8" and block == 16 else block
     if form.startswith("paged16") and dtype == "int8":
         shape = (B * S // 32, K, 32, D) if layout == "BNSD" else (B * S // 32, 32, K * D)
-    function, arrays = call(layout, block, dtype == "int8")
+    function, arrays = call(layout, block, dtype == "int8", implementation)
     query = struct(QUERY[layout], jnp.float32 if dtype == "int8" else dtype)
     key = struct(shape, dtype)
     compiled = jax.jit(function).lower(query, key, key, arrays).compile()
@@ -55,10 +56,11 @@ def test_temporaries_do_not_grow_with_the_cache(dtype: str, form: str) -> None:
     assert temporaries < SHARE * cache_bytes, f"{temporaries / cache_bytes:.1%} of the cache"
 
 
-def test_temporaries_with_mask_and_bias() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
+def test_temporaries_with_mask_and_bias(implementation: str) -> None:
     """The mask and the bias are read in tiles too, not converted whole."""
     features = {"atten_mask": struct((B, 1, 1, S), jnp.int8), "pse_shift": struct((B, N, 1, S), jnp.bfloat16)}
-    function, arrays = call("BNSD", 0, False, **features)
+    function, arrays = call("BNSD", 0, False, implementation, **features)
     key = struct((B, K, S, D), jnp.bfloat16)
     compiled = jax.jit(function).lower(struct((B, N, 1, D), jnp.bfloat16), key, key, arrays).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < SHARE * 2 * key.size * 2
@@ -78,10 +80,11 @@ def test_vmap_does_not_copy_an_unmapped_cache(mapped: str) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * key.size * 2  # one copy would be 100%
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
 @pytest.mark.parametrize("layout", ["BSH", "BNSD", "BSND"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-def test_a_donated_decode_step_copies_no_cache(layout: str, dtype: str, paged: bool) -> None:
+def test_a_donated_decode_step_copies_no_cache(layout: str, dtype: str, paged: bool, implementation: str) -> None:
     """Append and attend inside one jitted step: this is where XLA likes to copy."""
     float_dtype = jnp.float32 if dtype == "int8" else jnp.dtype(dtype)
     scales = dict(antiquant_scale=jnp.full((2, K, D), 0.02)) if dtype == "int8" else {}
@@ -96,7 +99,8 @@ def test_a_donated_decode_step_copies_no_cache(layout: str, dtype: str, paged: b
     def step(kv, q, key, value, lengths, table):
         where = (table,) if paged else ()
         kv = kv.append(key, value, lengths, *where)
-        out = incre_flash_attention(q, **kv.arguments(lengths + 1, *where), num_heads=N, scale_value=0.1)
+        visible = kv.arguments(lengths + 1, *where)
+        out = incre_flash_attention(q, **visible, num_heads=N, scale_value=0.1, implementation=implementation)
         return kv, out
 
     kv = jax.eval_shape(create)

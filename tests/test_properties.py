@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, Case, assert_close
+from cases import TOLERANCE, Case, assert_close, run_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +83,7 @@ def programs(keep: Callable[[Case], bool] = lambda case: True) -> st.SearchStrat
 
 
 def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    out, lse = incre_flash_attention(*args, return_lse=True, **kwargs)
+    out, lse = run_everywhere(*args, **kwargs)
     return np.asarray(out), np.asarray(lse)
 
 
@@ -139,7 +139,7 @@ def fill(case: Case, kwargs: dict[str, Any], cache: np.ndarray, where: np.ndarra
 @settings(max_examples=25)
 def test_any_call_is_the_oracle(case: Case) -> None:
     args, kwargs = case.inputs()
-    assert_close(*incre_flash_attention(*args, return_lse=True, **kwargs), args, kwargs)
+    assert_close(*run_everywhere(*args, **kwargs), args, kwargs)
 
 
 @given(programs(lambda case: not case.int8), st.sampled_from([np.nan, np.inf, -np.inf]))
@@ -338,7 +338,7 @@ def test_antiquantisation_does_not_overflow_float16(block: int, offset: bool) ->
     kwargs["antiquant_scale"][1] = 0.01
     kwargs["scale_value"] = 1e-9
     assert np.abs(query.astype(np.float32)).max() * 60000 > np.finfo(np.float16).max
-    out, lse = incre_flash_attention(query, key, value, return_lse=True, **kwargs)
+    out, lse = run_everywhere(query, key, value, **kwargs)
     assert np.isfinite(out).all()
     assert np.isfinite(lse).all()
     assert_close(out, lse, (query, key, value), kwargs)
@@ -379,7 +379,7 @@ def test_what_is_visible_and_not_a_number_shows(name: str) -> None:
     kwargs["atten_mask"][:, 0] = False
     call = dict(query=query, key=key, value=value)
     call[name][0, 0, 0] = np.nan
-    out, lse = incre_flash_attention(**call, **kwargs, return_lse=True)
+    out, lse = run_everywhere(**call, **kwargs)
     rows = [0] if name == "query" else [0, 1]  # two query heads read kv head 0
     others = [n for n in range(4) if n not in rows]
     assert np.isnan(out[0, np.array(rows)]).all()
