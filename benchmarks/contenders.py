@@ -36,7 +36,14 @@ def _random(key: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
 
 
-def ours(shape: Shape, dtype: str, layout: str, block: int = 0, capacity: int | None = None) -> Contender:
+def ours(
+    shape: Shape,
+    dtype: str,
+    layout: str,
+    block: int = 0,
+    capacity: int | None = None,
+    implementation: str | None = None,
+) -> Contender:
     """`incre_flash_attention` on a contiguous or (block > 0) paged cache, with traced lengths.
 
     Args:
@@ -44,6 +51,7 @@ def ours(shape: Shape, dtype: str, layout: str, block: int = 0, capacity: int | 
       layout: "BSH", "BNSD" or "BSND".
       block: `block_size`, or 0.
       capacity: S of the cache where it is more than the visible `shape.length`.
+      implementation: None is the platform's default.
     """
     b, n, k, d = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     s = capacity or shape.length
@@ -71,6 +79,7 @@ def ours(shape: Shape, dtype: str, layout: str, block: int = 0, capacity: int | 
             input_layout=layout,
             block_size=block,
             scale_value=d**-0.5,
+            implementation=implementation,
             **arrays,
         )
     )

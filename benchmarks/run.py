@@ -37,6 +37,7 @@ def main(
             block = 32 if dtype == "int8" and block == 16 else block
             form = form.replace("paged 16", "paged 32") if block == 32 else form
             entries[f"jax_ifa {form}"] = contenders.ours(shape, dtype, layout, block)
+        entries["XLA's loop, BNSD"] = contenders.ours(shape, dtype, "BNSD", implementation="xla")
         entries |= rivals(shape, dtype)
         rows += report(interleave(entries, rounds=rounds, title=dtype), dtype, shape.cache_bytes(dtype))
     write(name, about, rows, by_capacity(batch, heads, kv_heads, head_dim))

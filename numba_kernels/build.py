@@ -37,7 +37,7 @@ def handler_address(form: Format, machine: Machine) -> int:
     name = name_of(form, machine)
     with _lock:
         if name not in _loaded:
-            _loaded[name] = _load(_object_code(form, machine))
+            _loaded[name] = _load(_object_code(form, machine), machine)
         return _loaded[name][0]
 
 
@@ -88,9 +88,7 @@ def _target(machine: Machine, triple: str | None) -> Any:
         llvm.initialize_all_asmprinters()
         target = llvm.Target.from_triple(triple)
     # The large code model: the loader may put code and constants further apart than 2 GiB.
-    return target.create_target_machine(
-        cpu=machine.cpu, features=machine.features, opt=3, codemodel="small", reloc="pic"
-    )
+    return target.create_target_machine(cpu=machine.cpu, features=machine.features, opt=3, codemodel="large")
 
 
 def compile_object(form: Format, machine: Machine, triple: str | None = None) -> bytes:
@@ -103,15 +101,27 @@ def compile_object(form: Format, machine: Machine, triple: str | None = None) ->
     """
     module = _linked(form, machine, triple)
     target = _target(machine, triple)
-    module.triple, module.data_layout = target.triple, str(target.target_data)
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = options.slp_vectorization = False  # the tiles are vectors already
-    llvm.create_pass_builder(target, options).getModulePassManager().run(
-        module, llvm.create_pass_builder(target, options)
-    )
+    _optimise(module, target)
     missing = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     assert missing <= {"malloc", "free", "sched_yield"}, f"the kernel would need {missing}"
     return target.emit_object(module)
+
+
+def native_engine(module: Any, machine: Machine) -> Any:
+    """A module of LLVM IR, optimised and ready to be called on this machine."""
+    target = _target(machine, None)
+    _optimise(module, target)
+    engine = llvm.create_mcjit_compiler(module, target)
+    engine.finalize_object()
+    return engine
+
+
+def _optimise(module: Any, target: Any) -> None:
+    module.triple, module.data_layout = target.triple, str(target.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = False  # the tiles are vectors already
+    passes = llvm.create_pass_builder(target, options)
+    passes.getModulePassManager().run(module, passes)
 
 
 def _linked(form: Format, machine: Machine, triple: str | None) -> Any:
@@ -188,17 +198,9 @@ def _never_called() -> None:
     raise AssertionError("a placeholder was called")
 
 
-@functools.cache
-def _engine_options() -> None:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-
-
-def _load(code: bytes) -> tuple[int, Any]:
+def _load(code: bytes, machine: Machine) -> tuple[int, Any]:
     """The address of `ENTRY` in an object file, and what keeps it in memory."""
-    _engine_options()
-    target = llvm.Target.from_default_triple().create_target_machine(codemodel="small", reloc="pic")
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target(machine, None))
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine.get_function_address(ENTRY), engine

@@ -1,0 +1,117 @@
+"""The Numba kernels against this machine's limits: `python -m benchmarks.roofline`.
+
+A decode step takes at least the time that its bytes need at the read bandwidth, and the time that its dot products need
+at the peak rate of their instruction. Both are measured in the same run, in turns with the contenders:
+
+    bytes          of the visible keys and values, once, at the bandwidth of `jnp.sum` over 512 MB
+    instructions   2 * B * N * S * D multiply-adds, for each digit of the query and of the weights (formats.py),
+                   at the rate of independent sums in registers, on all cores
+
+and the share is the larger of the two over the median time.
+"""
+
+import itertools
+import json
+import pathlib
+from typing import Annotated, Any
+
+import jax
+import typer
+from tabulate import tabulate
+
+from benchmarks import contenders
+from benchmarks.peaks import instructions, peak
+from benchmarks.run import rivals
+from benchmarks.timing import interleave, machine, read_bandwidth
+from numba_kernels.formats import format_of
+from numba_kernels.machine import this_machine
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+FORMS = {"BNSD": ("BNSD", 0), "BSND": ("BSND", 0), "BNSD, paged 128": ("BNSD", 128), "BNSD, paged 16": ("BNSD", 16)}
+POSITIONS = 32768  # B * S: what a step reads does not depend on S
+KV_HEADS, HEAD_DIM = 8, 128
+
+
+def main(
+    name: Annotated[str, typer.Option(help="Results go to results/NAME.json, .md and .png.")] = "",
+    rounds: Annotated[int, typer.Option(help="Turns of each contender.")] = 3,
+    beside: Annotated[bool, typer.Option(help="Time XLA's loop, jax.nn and torch too, where G is 4.")] = True,
+) -> None:
+    """Every dtype, G = 1, 4 and 8, S = 1k, 8k and 64k, contiguous and paged."""
+    rows: list[dict[str, Any]] = []
+    for dtype, group, length in itertools.product(
+        ("float32", "bfloat16", "float16", "int8"), (1, 4, 8), (1024, 8192, 65536)
+    ):
+        rows += measure(dtype, group, length, rounds, beside and group == 4)
+        write(name or f"roofline-{jax.default_backend()}-jax{jax.__version__}", rows)
+
+
+def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> list[dict[str, Any]]:
+    """A row for each form of the cache, and for each rival."""
+    batch = max(1, POSITIONS // length)
+    shape = contenders.Shape(batch, KV_HEADS * group, KV_HEADS, length, HEAD_DIM)
+    form = format_of(dtype, False, this_machine())
+    entries = {"memory": read_bandwidth(), "peak": peak(form, this_machine())}
+    for label, (layout, block) in FORMS.items():
+        block = 32 if dtype == "int8" and block == 16 else block  # the operator's own rule
+        entries[label.replace("16", str(block)) if block else label] = contenders.ours(shape, dtype, layout, block)
+    if beside:
+        entries["XLA's loop, BNSD"] = contenders.ours(shape, dtype, "BNSD", implementation="xla")
+        entries |= rivals(shape, dtype)
+    timings = interleave(entries, rounds=rounds, seconds_per_turn=0.1, title=f"{dtype} G={group} S={length}")
+    bandwidth = 512 * 2**20 / timings.pop("memory").median
+    rate = instructions() / timings.pop("peak").median
+    lanes = this_machine().lanes * form.pack
+    products = batch * KV_HEADS * group * length * HEAD_DIM * (form.query_digits + form.weight_digits) / lanes
+    by_bytes, by_instructions = shape.cache_bytes(dtype) / bandwidth, products / rate
+    return [
+        {
+            "cache": dtype,
+            "G": group,
+            "S": length,
+            "contender": label,
+            "ms": timing.median * 1e3,
+            "spread": timing.spread,
+            "bytes": by_bytes / timing.median,
+            "instructions": by_instructions / timing.median,
+            "share": max(by_bytes, by_instructions) / timing.median,
+            "GB/s": bandwidth / 1e9,
+            "G instructions/s": rate / 1e9,
+        }
+        for label, timing in timings.items()
+    ]
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """The figures as JSON, as a table and as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    RESULTS.mkdir(exist_ok=True)
+    about = machine() | {"shape": f"B*S={POSITIONS} (at least one sequence) K={KV_HEADS} D={HEAD_DIM}"}
+    (RESULTS / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    formats = {"ms": "{:.2f}", "spread": "±{:.0%}", "GB/s": "{:.1f}", "G instructions/s": "{:.2f}"}
+    formats |= dict.fromkeys(("bytes", "instructions", "share"), "{:.2f}")
+    cells = [{k: formats.get(k, "{}").format(v) for k, v in row.items()} for row in rows]
+    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
+    (RESULTS / f"{name}.md").write_text(", ".join(f"{k} {v}" for k, v in about.items()) + f"\n\n{table}\n")
+
+    mine = [row for row in rows if row["contender"].startswith(("BNSD", "BSND"))]
+    kinds = list(dict.fromkeys(row["cache"] for row in mine))
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 4), layout="constrained", squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for label in dict.fromkeys(row["contender"] for row in mine if row["cache"] == kind):
+            points = [row for row in mine if (row["cache"], row["contender"]) == (kind, label)]
+            places = [f"G={row['G']}\n{row['S'] // 1024}k" for row in points]
+            axis.plot(places, [row["share"] for row in points], marker="o", label=label)
+        axis.set(title=f"{kind} cache", ylabel="share of the roofline", ylim=(0, 1.1))
+        axis.legend(fontsize="small")
+    figure.suptitle(f"Decode attention, {about['shape']}, JAX {about['jax']}, {about['processor']}")
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
