@@ -182,7 +182,7 @@ class Printer:
         print(
             f"[prompt {' + '.join(str(len(prompt)) for prompt in self._prompts)} tokens, "
             f"{sum(map(len, result.token_ids))} new tokens at {'-' if rate is None else f'{rate:.1f}'} tokens/s, "
-            f"{options.cache} {options.kv_dtype} cache, implementation {options.implementation or 'xla'}]"
+            f"{options.cache} {options.kv_dtype} cache, implementation {options.implementation or 'default'}]"
         )
 
 
@@ -210,7 +210,7 @@ def report(
         "tokens_per_second": result.tokens_per_second(),
         "cache": options.cache,
         "kv_dtype": options.kv_dtype,
-        "implementation": options.implementation or "xla",
+        "implementation": options.implementation or "default",
     }
 
 

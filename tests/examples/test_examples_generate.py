@@ -63,7 +63,7 @@ def test_the_answer_streams_and_a_line_says_how_it_went(run):
     assert out.startswith(TEXT + whole_characters + "\n[")
     line = out.splitlines()[-2]
     assert line.startswith(f"[prompt {len(REFERENCE.prompt_ids)} tokens, 5 new tokens at ")
-    assert line.endswith("tokens/s, paged bfloat16 cache, implementation xla]")
+    assert line.endswith("tokens/s, paged bfloat16 cache, implementation default]")
 
 
 def test_the_chat_template_wraps_the_prompt(run, tiny):
