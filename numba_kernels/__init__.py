@@ -5,6 +5,7 @@ formats.py   how the elements of a cache meet the query: as float32, or in narro
 vectors.py   vector instructions as LLVM IR
 tiles.py     the steps on a tile of positions, made of those
 native.py    what Numba lacks for code without Python
+records.py   structures in memory, whose fields Numba reads by name
 frame.py     XLA's call frame
 call.py      one call as read from it, and a thread's scratch
 stream.py    the loop over the tiles of a window

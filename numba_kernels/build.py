@@ -140,7 +140,8 @@ def _linked(form: Format, machine: Machine, triple: str | None) -> Any:
         with _little_optimisation():
             function.compile((types.int64,))
         compiled = function.overloads[(types.int64,)]
-        texts.append(compiled.library.get_llvm_str())
+        # What Numba does not optimise it marks as not to be optimised by anyone.
+        texts.append(compiled.library.get_llvm_str().replace(" optnone", "").replace(" noinline", ""))
         names.append(compiled.fndesc.llvm_func_name)
     texts.append(_entry_points(names, (ENTRY, schedule.TASK)))
     module = llvm.parse_assembly(_for_platform(texts[0], triple))
@@ -159,7 +160,7 @@ def _little_optimisation() -> Iterator[None]:
     from numba import config
 
     before = {name: getattr(config, name) for name in ("OPT", "LOOP_VECTORIZE")}
-    settings = {"OPT": type(before["OPT"])(1), "LOOP_VECTORIZE": 0}
+    settings = {"OPT": type(before["OPT"])(0), "LOOP_VECTORIZE": 0}
     for name, value in settings.items():
         setattr(config, name, value)
     try:

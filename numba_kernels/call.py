@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS, WORD
 from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, up, word
+from numba_kernels.records import record_of
 
 # The order of the operands and results of the foreign call; an absent one is an array without elements.
 QUERY, SCALE, KEY, VALUE, TABLE, VALUE_TABLE, START, STOP, MASK, BIAS = range(10)
@@ -45,9 +46,13 @@ class Call(NamedTuple):
     unit_heads: int  # kv heads whose tiles are read together, since they lie side by side
 
 
+call_at, _put_call = record_of(Call)
+CALL_BYTES = WORD * len(Call._fields)
+
+
 @native
-def read_call(frame, itemsize):  # type: ignore[no-untyped-def]
-    """The `Call` of a frame, for a cache of so many bytes an element."""
+def read_call(frame, itemsize, address):  # type: ignore[no-untyped-def]
+    """The `Call` of a frame, for a cache of so many bytes an element; kept at an address."""
     arguments, results = word(frame, ARGUMENTS), word(frame, RESULTS)
     query, key, value = word(arguments, QUERY), word(arguments, KEY), word(arguments, VALUE)
     table, value_table = word(arguments, TABLE), word(arguments, VALUE_TABLE)
@@ -65,36 +70,39 @@ def read_call(frame, itemsize):  # type: ignore[no-untyped-def]
     has_table = word(word(table, DIMS), 0) > 0
     has_value_table = word(word(value_table, DIMS), 0) > 0
     has_mask, has_bias = word(word(mask, DIMS), 0) > 0, word(word(bias, DIMS), 0) > 0
-    return Call(
-        word(word(query, DIMS), 0),
-        heads,
-        group,
-        head_dim,
-        word(query, DATA),
-        word(word(arguments, SCALE), DATA),
-        word(key, DATA),
-        word(value, DATA),
-        word(word(key, DIMS), 0),
-        word(word(value, DIMS), 0),
-        page_size,
-        word(word(table, DIMS), 1) if has_table else 1,
-        heads * page_size * row,
-        head_stride,
-        row_stride,
-        word(table, DATA) if has_table else 0,
-        word(value_table, DATA) if has_value_table else (word(table, DATA) if has_table else 0),
-        word(word(arguments, START), DATA),
-        word(word(arguments, STOP), DATA),
-        word(mask, DATA) if has_mask else 0,
-        word(word(mask, DIMS), 0),
-        word(word(mask, DIMS), 1),
-        word(bias, DATA) if has_bias else 0,
-        word(word(bias, DIMS), 0),
-        word(word(bias, DIMS), 3),
-        load_int32(bias + WORD * KIND),
-        word(word(results, OUT), DATA),
-        word(word(results, LSE), DATA),
-        unit_heads,
+    return _put_call(
+        address,
+        (
+            word(word(query, DIMS), 0),
+            heads,
+            group,
+            head_dim,
+            word(query, DATA),
+            word(word(arguments, SCALE), DATA),
+            word(key, DATA),
+            word(value, DATA),
+            word(word(key, DIMS), 0),
+            word(word(value, DIMS), 0),
+            page_size,
+            word(word(table, DIMS), 1) if has_table else 1,
+            heads * page_size * row,
+            head_stride,
+            row_stride,
+            word(table, DATA) if has_table else 0,
+            word(value_table, DATA) if has_value_table else (word(table, DATA) if has_table else 0),
+            word(word(arguments, START), DATA),
+            word(word(arguments, STOP), DATA),
+            word(mask, DATA) if has_mask else 0,
+            word(word(mask, DIMS), 0),
+            word(word(mask, DIMS), 1),
+            word(bias, DATA) if has_bias else 0,
+            word(word(bias, DIMS), 0),
+            word(word(bias, DIMS), 3),
+            load_int32(bias + WORD * KIND),
+            word(word(results, OUT), DATA),
+            word(word(results, LSE), DATA),
+            unit_heads,
+        ),
     )
 
 
@@ -136,14 +144,18 @@ class Scratch(NamedTuple):
     size: int  # bytes in all
 
 
+_, _put_scratch = record_of(Scratch)
+SCRATCH_BYTES = WORD * len(Scratch._fields)
+
+
 @native
-def lay_out(call, base, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
-    """The `Scratch` that begins at an address, with every part on a cache line of its own."""
+def parts_of(call, base, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
+    """The fields of the `Scratch` at an address: the record first, then every part on a cache line of its own."""
     line = 64
     length = up(call.head_dim, lanes * pack) // pack
     columns = up(call.head_dim, lanes * pack)
     rows = call.group * digits
-    a = up(base, line)
+    a = up(base + SCRATCH_BYTES, line)
     initial = up(a + 4 * call.unit_heads * rows * length, line)
     weight = up(initial + 4 * call.unit_heads * rows, line)
     packed = up(weight + 4 * call.unit_heads * call.group, line)
@@ -156,6 +168,16 @@ def lay_out(call, base, lanes, pack, digits, tile, itemsize):  # type: ignore[no
     plan = addresses + WORD * 4 * tile
     zeros = up(plan + WORD * 5, line)
     end = up(zeros + max(itemsize * call.head_dim, 4 * 4), line)
-    return Scratch(
-        a, initial, weight, packed, product, scores, weights, factors, state, addresses, plan, zeros, end - base
-    )
+    return a, initial, weight, packed, product, scores, weights, factors, state, addresses, plan, zeros, end - base
+
+
+@native
+def scratch_size(call, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
+    """Bytes of a `Scratch`, wherever it begins."""
+    return parts_of(call, 0, lanes, pack, digits, tile, itemsize)[-1] + 64
+
+
+@native
+def lay_out(call, base, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
+    """The `Scratch` that begins at an address."""
+    return _put_scratch(base, parts_of(call, base, lanes, pack, digits, tile, itemsize))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_kernels.call import lay_out, read_call, window
+from numba_kernels.call import CALL_BYTES, call_at, lay_out, read_call, scratch_size, window
 from numba_kernels.formats import Format
 from numba_kernels.frame import answers_metadata, num_threads, schedule
 from numba_kernels.machine import Machine
@@ -39,7 +39,7 @@ RANGES_PER_THREAD = 8
 LEAST_BYTES = 1 << 16  # of a range: less is not worth waking a thread for
 # The block that the threads of a call share, in int64 words. Tasks that come late still look at it, so it is freed by
 # whoever leaves last.
-NEXT, DONE, USERS, WORKERS, FRAME, RANGES, LENGTH, WORDS = 0, 8, 16, 24, 32, 33, 34, 40
+NEXT, DONE, USERS, WORKERS, CALL, RANGES, LENGTH, WORDS = 0, 8, 16, 24, 32, 33, 34, 40
 
 
 TASK = "jax_ifa_take_ranges"
@@ -149,13 +149,13 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             number = fetch_add(block + 8 * NEXT, 1)
             if number >= load_int64(block + 8 * RANGES):
                 break
-            # A range is taken, so the calling thread waits, and the frame is there.
-            call = read_call(load_int64(block + 8 * FRAME), itemsize)
+            # A range is taken, so the calling thread waits, and the call's record and arrays are there.
+            call = call_at(load_int64(block + 8 * CALL))
             partials = block + 8 * WORDS
             own = partials + up(2 * load_int64(block + 8 * RANGES) * state_size(call), 64)
             if worker < 0:
                 worker = fetch_add(block + 8 * WORKERS, 1)
-            size = lay_out(call, 64, lanes, pack, digits, tile, itemsize).size + 64
+            size = scratch_size(call, lanes, pack, digits, tile, itemsize)
             s = lay_out(call, own + worker * size, lanes, pack, digits, tile, itemsize)
             run_range(call, s, partials, number, load_int64(block + 8 * LENGTH))
             fetch_add(block + 8 * DONE, 1)
@@ -169,7 +169,10 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
     def handle(frame):  # type: ignore[no-untyped-def]
         if answers_metadata(frame):
             return 0
-        call = read_call(frame, itemsize)
+        record = allocate(CALL_BYTES)
+        if record == 0:
+            return 1
+        call = read_call(frame, itemsize, record)
         total = 0
         for b in range(call.batch):
             start, stop = window(call, b)
@@ -184,15 +187,16 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         length = max(1, up((total + ranges - 1) // ranges, tile))
         ranges = (total + length - 1) // length
         threads = max(1, min(threads, ranges))
-        scratch = lay_out(call, 64, lanes, pack, digits, tile, itemsize).size + 64
+        scratch = scratch_size(call, lanes, pack, digits, tile, itemsize)
         block = allocate(8 * WORDS + up(2 * ranges * state_size(call), 64) + 64 + threads * scratch)
         if block == 0:
+            release(record)
             return 1
         for i in range(WORDS):
             store_int64(block + 8 * i, 0)
         # The caller counts as two users, so that the block is there until it has merged.
         store_int64(block + 8 * USERS, 1 + threads)
-        store_int64(block + 8 * FRAME, frame)
+        store_int64(block + 8 * CALL, record)
         store_int64(block + 8 * RANGES, ranges)
         store_int64(block + 8 * LENGTH, length)
         for _ in range(threads - 1):
@@ -205,6 +209,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             if spins > 1000:
                 give_way()
         finish_rest(call, block + 8 * WORDS, length)
+        release(record)
         if fetch_add(block + 8 * USERS, -1) == 1:
             release(block)
         return 0
