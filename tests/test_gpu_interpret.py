@@ -23,8 +23,8 @@ def for_gpu(case: Case) -> Case | None:
     """The case with a head dimension and a capacity that the kernel reads; None for what it leaves to XLA."""
     if case.dtype == "float32" and not case.int8:
         case = dataclasses.replace(case, dtype="bfloat16")
-    if case.head_dim % 32:
-        case = dataclasses.replace(case, head_dim=32 if case.int8 else 16)
+    if case.head_dim % 16:
+        case = dataclasses.replace(case, head_dim=16)
     rows = case.batch * case.capacity * (case.kv_heads if case.layout == "BNSD" else 1)
     return None if not case.block and rows % 8 else case
 
@@ -54,6 +54,7 @@ PART = [
     Case(heads=64, kv_heads=1, head_dim=96, capacity=152, dtype="bfloat16", mask="2d"),
     Case(heads=12, kv_heads=1, head_dim=80, capacity=152, dtype="float16", bias="shared"),
     Case(heads=64, kv_heads=1, head_dim=192, capacity=72, dtype="float16", int8=True, bias="batch"),
+    Case(heads=4, kv_heads=2, head_dim=80, capacity=152, dtype="bfloat16", int8=True, mask="2d", layout="BSH"),
     Case(heads=8, kv_heads=8, head_dim=256, capacity=72, dtype="bfloat16", layout="BSH"),
     Case(heads=16, kv_heads=1, head_dim=512, capacity=200, dtype="bfloat16", layout="BSND"),
     # precision
