@@ -139,7 +139,7 @@ def main() -> None:
             if plans:
                 plan = dataclasses.asdict(plans[-1]) | {"shared_memory": plans[-1].shared_memory}
                 result["plan"] = {name: value for name, value in plan.items() if isinstance(value, int)}
-                result["plan"]["key_bytes"] = plans[-1].key_dtype.itemsize
+                result["plan"]["query_bytes"] = plans[-1].query_dtype.itemsize
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:2000]}
         print(json.dumps(result | {"seconds": round(time.perf_counter() - began, 2)}), flush=True)

@@ -48,6 +48,8 @@ CALLS = [
     Call(**MQA, head_dim=256),
     Call(cache="int8"),
     Call(cache="int8", block=32, mask=True, bias=True),
+    Call(cache="int8", head_dim=80, block=32),
+    Call(cache="int8", head_dim=80, **MQA, mask=True, bias=True),
     Call(cache="int8", head_dim=96, layout="BSH", block=32),
     Call(cache="int8", head_dim=64, mask=True, bias=True, padding=True),
     Call(cache="int8", **MQA, mask=True, bias=True),
@@ -98,9 +100,10 @@ def test_the_products_run_on_tensor_cores(call: AnyCall) -> None:
     def products(terms: int) -> int:  # side by side, or one after the other
         return 1 if terms * plan["columns"] <= 64 else terms
 
-    keys = plan["tile"] // 64 * (plan["head_dim"] * plan["key_bytes"] // 32) * products(plan["query_terms"])
+    keys = plan["tile"] // 64 * (plan["head_dim"] * plan["query_bytes"] // 32) * products(plan["query_terms"])
     values = plan["padded"] // 64 * (plan["tile"] // 16) * products(plan["weight_terms"])
-    integer = call.cache == "int8"
+    integer = plan["query_bytes"] == 1
+    assert integer == (call.cache == "int8" and call.head_dim % 32 == 0)
     assert result["instructions"]["HGMMA"] == (values if integer else keys + values)
     assert result["instructions"]["IGMMA"] == (keys if integer else 0)
     assert result["instructions"]["UTMALDG"] >= 2

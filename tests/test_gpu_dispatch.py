@@ -107,8 +107,8 @@ def test_nothing_but_names_is_imported_or_traced_for_other_platforms() -> None:
     [
         (dict(dtype="float32"), "no float32 products"),
         (dict(query="float32"), "take a query of its dtype, not float32"),
-        (dict(cache=(2, 2, 64, 72)), "D=72 of bfloat16 is not a multiple"),
-        (dict(cache=(2, 2, 64, 80), dtype="int8", query="float32"), "D=80 of int8 is not a multiple"),
+        (dict(cache=(2, 2, 64, 72)), "D=72 is neither"),
+        (dict(cache=(2, 2, 64, 80), dtype="int8", query="float32"), None),
         (dict(cache=(1, 1, 20, 64)), r"B \* K \* S = 20 is not made of them"),
         (dict(cache=(1, 8, 20, 64), head_major=True), None),
         (dict(cache=(2, 2, 20, 64), table=jnp.zeros((1, 2), jnp.int32)), "pages of 20 are not made of them"),
@@ -136,7 +136,7 @@ def test_by_name_an_error_with_the_reason(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("group", [1, 12, 64])
 def test_every_plan_fits(group: int, dim: int, dtype: str) -> None:
     query = "float32" if dtype == "int8" else dtype

@@ -23,15 +23,15 @@ def for_gpu(case: Case) -> Case | None:
     """The case with a head dimension and a capacity that the kernel reads; None for what it leaves to XLA."""
     if case.dtype == "float32" and not case.int8:
         case = dataclasses.replace(case, dtype="bfloat16")
-    if case.head_dim % 32:
-        case = dataclasses.replace(case, head_dim=32 if case.int8 else 16)
+    if case.head_dim % 16:
+        case = dataclasses.replace(case, head_dim=16)
     rows = case.batch * case.capacity * (case.kv_heads if case.layout == "BNSD" else 1)
     return None if not case.block and rows % 8 else case
 
 
 FULL_GRID = list(dict.fromkeys(case for case in map(for_gpu, grid()) if case is not None))
 
-COMMON = dict(batch=2, heads=8, kv_heads=2, capacity=200, head_dim=64, dtype="bfloat16")
+COMMON = dict(batch=2, heads=8, kv_heads=2, capacity=136, head_dim=64, dtype="bfloat16")
 PART = [
     # every form of the cache, every dtype
     Case(**COMMON),
@@ -39,21 +39,20 @@ PART = [
     Case(**COMMON, layout="BSND", int8=True, offset=True),
     Case(**COMMON, block=16, lengths="zero"),
     Case(**COMMON | dict(dtype="float32"), block=64, int8=True, quant="channel_offset"),
-    Case(**COMMON, block=128),
     Case(**COMMON | dict(dtype="float16"), layout="BSH", block=48),
-    Case(**COMMON, layout="BSH", block=32, int8=True),
-    Case(**COMMON, flat_pages=True, block=16),
+    Case(**COMMON, flat_pages=True, block=128),
     # what is seen; sequences that begin inside a group of 8 rows
     Case(**COMMON, lengths=None, mask="4d", bias="batch"),
-    Case(**COMMON | dict(capacity=198), layout="BNSD", lengths="zero", mask="3d:uint8:full", padding=5, bias="shared"),
-    Case(**COMMON | dict(capacity=196), layout="BSH", mask="2d:int8", bias="batch", padding=3),
+    Case(**COMMON | dict(capacity=134), layout="BNSD", lengths="zero", mask="3d:uint8:full", padding=5, bias="shared"),
+    Case(**COMMON | dict(capacity=132), layout="BSH", mask="2d:int8", bias="batch", padding=3),
     Case(**COMMON, layout="BSH", block=16, mask="2d:int8:full", bias="shared"),
     Case(**COMMON, block=32, int8=True, mask="2d", bias="batch", lengths="zero"),
     # shapes of heads
-    Case(heads=9, kv_heads=3, head_dim=128, capacity=152, dtype="bfloat16"),
-    Case(heads=64, kv_heads=1, head_dim=96, capacity=152, dtype="bfloat16", mask="2d"),
-    Case(heads=12, kv_heads=1, head_dim=80, capacity=152, dtype="float16", bias="shared"),
+    Case(heads=9, kv_heads=3, head_dim=128, capacity=104, dtype="bfloat16"),
+    Case(heads=64, kv_heads=1, head_dim=96, capacity=104, dtype="bfloat16", mask="2d"),
+    Case(heads=12, kv_heads=1, head_dim=80, capacity=104, dtype="float16", bias="shared"),
     Case(heads=64, kv_heads=1, head_dim=192, capacity=72, dtype="float16", int8=True, bias="batch"),
+    Case(heads=4, kv_heads=2, head_dim=80, capacity=104, dtype="bfloat16", int8=True, mask="2d", layout="BSH"),
     Case(heads=8, kv_heads=8, head_dim=256, capacity=72, dtype="bfloat16", layout="BSH"),
     Case(heads=16, kv_heads=1, head_dim=512, capacity=200, dtype="bfloat16", layout="BSND"),
     # precision
@@ -64,12 +63,12 @@ PART = [
 
 @pytest.mark.parametrize("case", FULL_GRID if os.environ.get("JAX_IFA_FULL_GPU_GRID") else PART, ids=str)
 def test_against_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch)
+    small_tiles(monkeypatch, stages=1)  # so that every tile but a thread block's first is a refill
     args, kwargs = case.inputs()
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 5])
+@pytest.mark.parametrize("splits", [1, 5])
 def test_thread_blocks_share_a_window(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also windows of fewer tiles than thread blocks, and of none."""
     small_tiles(monkeypatch, splits=splits)
@@ -86,8 +85,10 @@ def test_parts_that_are_masked_whole_count_by_their_positions(monkeypatch: pytes
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
-@pytest.mark.parametrize("features", [dict(), dict(mask="2d"), dict(bias="batch"), dict(inner_precise=0)])
-@pytest.mark.parametrize("layout, block", [("BNSD", 16), ("BSH", 0)])
+@pytest.mark.parametrize(
+    "layout, block, features",
+    [("BNSD", 16, {}), ("BSH", 0, {}), ("BSH", 16, dict(mask="2d")), ("BNSD", 0, dict(mask="2d", bias="batch"))],
+)
 def test_nan_outside_the_window_and_under_the_mask_never_leaks(
     layout: str, block: int, features: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

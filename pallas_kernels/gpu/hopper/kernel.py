@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ifa.masking import MASK_VALUE
-from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, SIDE_BY_SIDE, M, Plan
+from pallas_kernels.gpu.hopper.plan import DIGIT, NARROWEST_PRODUCT, ROW_GROUP, SIDE_BY_SIDE, M, Plan
 
 LOG2_E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
@@ -63,6 +63,7 @@ class Refs(NamedTuple):
     value_s: Any
     weights_s: Any
     staged_s: Any
+    staged_keys_s: Any
     mask_s: Any
     bias_s: Any
     out_s: Any
@@ -79,6 +80,7 @@ def absent(plan: Plan) -> set[str]:
         "query_scale": plan.staged,
         "query_scale_s": plan.staged,
         "staged_s": plan.staged,
+        "staged_keys_s": plan.stages_keys,
         "table": plan.table_width > 0,
         "value_table": plan.value_table,
         "mask": plan.masked,
@@ -95,18 +97,21 @@ def scratch(plan: Plan) -> list[Any]:
 
     def tiled(*shape: int, dtype: Any, swizzle: int) -> Any:
         elements = swizzle // jnp.dtype(dtype).itemsize
-        transforms = (plgpu.TilingTransform((ROW_GROUP, elements)), plgpu.SwizzleTransform(swizzle))
+        transforms: tuple[Any, ...] = (plgpu.TilingTransform((ROW_GROUP, elements)),)
+        if swizzle >= NARROWEST_PRODUCT:
+            transforms += (plgpu.SwizzleTransform(swizzle),)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     query_rows = plan.query_terms * plan.columns
     copies = plan.chunks + plan.masked + (plan.bias_dtype is not None)
     arrays = {
-        "query_s": tiled(query_rows, plan.head_dim, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
+        "query_s": tiled(query_rows, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
         "query_scale_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "key_s": tiled(stages, tile, plan.head_dim, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
         "value_s": tiled(stages, tile, plan.padded, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
         "weights_s": tiled(plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
         "staged_s": tiled(tile, plan.padded, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
+        "staged_keys_s": tiled(tile, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
         "mask_s": plgpu.SMEM((stages, plan.mask_width), jnp.int8),
         "bias_s": plgpu.SMEM((stages, plan.columns, tile), plan.bias_dtype or jnp.float32),
         "out_s": plgpu.SMEM((plan.columns, plan.padded), jnp.float32),
@@ -198,7 +203,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
         plgpu.barrier_wait(r.value_arrived.at[slot])
         out = [part * _over_rows(decay, part.shape) for part in out]
         if plan.staged:
-            _stage_values(r, plan, slot)
+            _stage(r.value_s.at[slot], r.staged_s, max(M, plan.key_swizzle))
         elif plan.masked or plan.bias_dtype is not None:
             # What a fully masked beginning has gathered vanishes, NaN or not; so do values without weight.
             out = [jnp.where(_over_rows(decay, part.shape) == 0.0, 0.0, part) for part in out]
@@ -309,8 +314,13 @@ def _products(left: Any, right: Any, terms: int, dtype: Any) -> list[Array]:
 def _scores(r: Refs, plan: Plan, slot: Array, scale: Array) -> Array:
     """The scores of a tile in base 2, with bias and mask: (T, columns). `scale` is a scalar, or for int8 (columns,)."""
     keys = r.key_s.at[slot]
+    if plan.stages_keys:
+        _stage(keys, r.staged_keys_s, plan.head_dim)
+        plgpu.commit_smem()
+        keys = r.staged_keys_s
     if plan.staged:
-        digits = [d.astype(jnp.float32) for d in _products(keys, r.query_s, plan.query_terms, jnp.int32)]
+        dtype = jnp.float32 if plan.stages_keys else jnp.int32  # digits are whole numbers, and exact, in either
+        digits = [d.astype(jnp.float32) for d in _products(keys, r.query_s, plan.query_terms, dtype)]
         scores = functools.reduce(lambda high, low: high * float(DIGIT) + low, digits)
         scores = scores * _over_rows(scale, scores.shape)
     else:
@@ -356,13 +366,12 @@ def _select_values(r: Refs, plan: Plan, slot: Array, keep: Any) -> None:
         part[...] = jnp.where(keep(values.shape), values, jnp.zeros_like(values))
 
 
-def _stage_values(r: Refs, plan: Plan, slot: Array) -> None:
-    """int8 values as 16-bit ones, which a wgmma can transpose."""
-    width = max(M, plan.key_swizzle)
-    for begin in range(0, plan.padded, width):
+def _stage(source: Any, target: Any, width: int) -> None:
+    """An int8 tile as a 16-bit one, which a wgmma can transpose; `width` channels at a time."""
+    for begin in range(0, source.shape[1], width):
         channels = pl.ds(begin, width)
-        values = _load(r.value_s.at[slot, :, channels], plgpu.Layout.WGMMA_UPCAST_2X)
-        r.staged_s.at[:, channels][...] = values.astype(plan.weight_dtype)
+        values = _load(source.at[:, channels], plgpu.Layout.WGMMA_UPCAST_2X)
+        target.at[:, channels][...] = values.astype(target.dtype)
 
 
 class _Fetch:

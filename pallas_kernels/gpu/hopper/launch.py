@@ -65,7 +65,7 @@ def _query(query: Array, plan: Plan) -> list[Array]:
     query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.blocks * plan.columns - plan.group), (0, 0)))
     query = query.reshape(plan.items, plan.columns, plan.head_dim)
     digits, scale = int8_digits(query, plan.query_terms)
-    return [jnp.concatenate(digits, axis=1), scale]
+    return [jnp.concatenate(digits, axis=1).astype(plan.query_dtype), scale]
 
 
 def int8_digits(x: Array, terms: int) -> tuple[list[Array], Array]:

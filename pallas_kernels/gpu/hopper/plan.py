@@ -33,6 +33,8 @@ ALIGNMENT = 1024
 PRODUCT = 2048
 """Numbers of the output that one product adds to, so that its own result takes at most 16 registers of a thread, or 32
 where there are more than 32 columns."""
+NARROWEST_PRODUCT = 32
+"""Bytes of the narrowest rows of a tile that a wgmma reads."""
 DIGIT = 254
 """Base of the int8 digits of a query: digits from -127 to 127."""
 QUERY_DIGITS = 3
@@ -56,9 +58,10 @@ class Plan:
       tile: T. chunk: positions that one copy brings; a page, or a part of one.
       stages: tiles that shared memory holds.
       columns: query heads of a thread block, padded to a multiple of 8. blocks: thread blocks that share a group.
-      query_terms: numbers of the key's dtype that stand for one number of the query.
+      query_dtype: of the product of queries and keys: the cache's, or float16 for int8 rows that are not whole.
+      query_terms: numbers of `query_dtype` that stand for one number of the query.
       weight_terms: numbers of `weight_dtype` that stand for one softmax weight.
-      key_swizzle, value_swizzle: bytes of a row of a tile of shared memory.
+      key_swizzle, value_swizzle, query_swizzle: bytes of a row of a tile of shared memory.
       padded: D rounded up to what the values' side of a wgmma needs.
       splits: see above.
       masked: whether there is a mask. bias_dtype: of the bias, or None.
@@ -80,10 +83,12 @@ class Plan:
     stages: int
     columns: int
     blocks: int
+    query_dtype: jnp.dtype
     query_terms: int
     weight_terms: int
     key_swizzle: int
     value_swizzle: int
+    query_swizzle: int
     padded: int
     splits: int
     masked: bool
@@ -103,6 +108,11 @@ class Plan:
     def staged(self) -> bool:
         """Whether values are converted on chip."""
         return self.key_dtype == jnp.int8
+
+    @property
+    def stages_keys(self) -> bool:
+        """Whether keys are converted on chip as well."""
+        return self.query_dtype != self.key_dtype
 
     @property
     def headroom(self) -> int:
@@ -136,8 +146,8 @@ class Plan:
 
 
 def swizzle(head_dim: int, itemsize: int) -> int:
-    """The widest row of a tile of shared memory, in bytes, that a row of the cache is a multiple of; 0 if none is."""
-    return next((width for width in (128, 64, 32) if head_dim * itemsize % width == 0), 0)
+    """The widest row of a tile of shared memory, in bytes, that a row of the cache is a multiple of."""
+    return next(width for width in (128, 64, 32, 16) if head_dim * itemsize % width == 0)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -153,6 +163,8 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
     weight_dtype = jnp.dtype(jnp.float16) if staged else dtype
     precise = staged or operands.precise
     padded = round_up(head_dim, M)
+    key_swizzle = swizzle(head_dim, dtype.itemsize)
+    query_dtype = dtype if key_swizzle >= NARROWEST_PRODUCT else weight_dtype
     tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
     most_columns = min(32 if precise else 64, ACCUMULATOR // padded // N * N)
     columns = min(round_up(operands.group, N), most_columns)
@@ -177,10 +189,12 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
         stages=tuning.stages,
         columns=columns,
         blocks=-(-operands.group // columns),
+        query_dtype=query_dtype,
         query_terms=QUERY_DIGITS if staged else 1,
         weight_terms=all_terms if precise else free_terms,
-        key_swizzle=swizzle(head_dim, dtype.itemsize),
-        value_swizzle=128 if staged else swizzle(head_dim, dtype.itemsize),
+        key_swizzle=key_swizzle,
+        value_swizzle=128 if staged else key_swizzle,
+        query_swizzle=swizzle(head_dim, query_dtype.itemsize),
         padded=padded,
         splits=1,
         masked=operands.mask is not None,
@@ -199,12 +213,13 @@ def _shared_memory(plan: Plan) -> int:
     size, weight_size = plan.key_dtype.itemsize, plan.weight_dtype.itemsize
     bias_size = 0 if plan.bias_dtype is None else plan.bias_dtype.itemsize
     arrays = [
-        plan.query_terms * plan.columns * plan.head_dim * size,  # query
+        plan.query_terms * plan.columns * plan.head_dim * plan.query_dtype.itemsize,  # query
         4 * plan.columns if plan.staged else 0,  # its scale
         plan.stages * plan.tile * plan.head_dim * size,  # keys
         plan.stages * plan.tile * plan.padded * size,  # values
         plan.weight_terms * plan.columns * plan.tile * weight_size,  # weights
         plan.tile * plan.padded * weight_size if plan.staged else 0,  # converted values
+        plan.tile * plan.head_dim * plan.query_dtype.itemsize if plan.stages_keys else 0,  # and keys
         plan.stages * plan.mask_width if plan.masked else 0,
         plan.stages * plan.columns * plan.tile * bias_size,
         4 * plan.padded * plan.columns,  # output

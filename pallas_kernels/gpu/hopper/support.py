@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jax_ifa.operands import Operands
-from pallas_kernels.gpu.hopper.plan import ROW_GROUP, swizzle
+from pallas_kernels.gpu.hopper.plan import ROW_GROUP
 
 MAX_INDEX = 2**31 - 1
 
@@ -16,8 +16,8 @@ def unsupported_reason(operands: Operands) -> str | None:
         return "tensor cores have no float32 products; the kernel reads bfloat16, float16 and int8 caches"
     if dtype != jnp.int8 and operands.query.dtype != dtype:
         return f"the products of a {dtype} cache take a query of its dtype, not {operands.query.dtype}"
-    if not swizzle(head_dim, dtype.itemsize):
-        return f"rows of shared memory are 32 bytes or more, and D={head_dim} of {dtype} is not a multiple of that"
+    if head_dim % 16:
+        return f"copies take 16 bytes and products 16 channels or a multiple, and D={head_dim} is neither"
     # The positions of all sequences, and of all heads if head-major, are rows of one array, copied in groups of 8.
     rows = kv.page_size * (kv.num_kv_heads if kv.head_major else 1)
     if kv.table is not None and kv.page_size % ROW_GROUP:
