@@ -105,7 +105,7 @@ def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str,
 
     from pallas_kernels.tpu import kernel, launch, lowering, tuning
 
-    kernels = []
+    kernels: list[Any] = []
 
     def static_kernel(start: Any, stop: Any, *refs: Any, plan: Any, **rest: Any) -> None:
         del start, stop

@@ -33,7 +33,7 @@ class _RecordModel(models.PrimitiveModel):
 class _RecordAttributes(AttributeTemplate):
     key = RecordType
 
-    def generic_resolve(self, kind: RecordType, name: str) -> Any:
+    def generic_resolve(self, kind: RecordType, name: str) -> Any:  # type: ignore[override]
         return types.int64 if name in kind.fields else None
 
 

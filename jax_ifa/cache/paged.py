@@ -76,7 +76,8 @@ class PagedCache(Storage):
           num_kv_heads: K.
           head_dim: D.
           dtype: float32, bfloat16, float16, or int8, which needs `antiquant_scale`.
-          input_layout: "BNSD", "BSND" or "BSH": of what is appended, and of the queries. It also orders the pool.
+          input_layout: "BNSD", "BSND" or "BSH": of what is appended, and of the queries. It also orders the pool:
+            on TPUs take "BSH" or "BSND" unless D or `block_size` is a multiple of 128, or the kernel cannot read it.
           antiquant_scale: for int8, which stands for ``(x + offset) * scale``: positive, any floating point dtype, per
             tensor (2,) or per channel (2, K, D), (2, K, 1, D), (2, 1, K, D) or (2, K*D); index 0 for keys. It is
             copied. `calibrate_antiquant` makes it.
