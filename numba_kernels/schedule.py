@@ -37,6 +37,7 @@ from numba_kernels.tiles import Tile
 
 RANGES_PER_THREAD = 8
 LEAST_BYTES = 1 << 16  # of a range: less is not worth waking a thread for
+LEAST_STATES = 32  # and as many times the partial states that it may leave, so that these stay small beside the cache
 # The block that the threads of a call share, in int64 words. Tasks that come late still look at it, so it is freed by
 # whoever leaves last.
 NEXT, DONE, USERS, WORKERS, CALL, RANGES, LENGTH, WORDS = 0, 8, 16, 24, 32, 33, 34, 40
@@ -180,10 +181,11 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         total *= call.heads // call.unit_heads
         bytes_ = total * call.unit_heads * call.head_dim * itemsize * 2
         threads, ranges = 1, 1
-        if bytes_ >= 2 * LEAST_BYTES:
+        least = max(LEAST_BYTES, LEAST_STATES * state_size(call))
+        if bytes_ >= 2 * least:
             threads = num_threads(frame)
         if threads > 1:
-            ranges = min(threads * RANGES_PER_THREAD, bytes_ // LEAST_BYTES)
+            ranges = min(threads * RANGES_PER_THREAD, bytes_ // least)
         length = max(1, up((total + ranges - 1) // ranges, tile))
         ranges = (total + length - 1) // length
         threads = max(1, min(threads, ranges))

@@ -53,6 +53,27 @@ def set_rows(call: Call, pages, num_pages, table, b, head, first, count, room, z
         store_int64(rows + 8 * i, zeros)
 
 
+def _products(four: Any, two: Any, one: Any) -> Any:
+    """The `dot` of any number of rows, from those of four, two and one; `initial` moves on by so many bytes a row."""
+
+    @native
+    def run(rows, a, a_stride, b, b_stride, length, blocks, initial, initial_step, c, c_stride, plan):  # type: ignore[no-untyped-def]
+        r = 0
+        while r < rows:
+            a_row, start, c_row = a + 4 * a_stride * r, initial + initial_step * r, c + 4 * c_stride * r
+            if r + 4 <= rows:
+                four(a_row, a_stride, b, b_stride, length, blocks, start, c_row, c_stride, plan)
+                r += 4
+            elif r + 2 <= rows:
+                two(a_row, a_stride, b, b_stride, length, blocks, start, c_row, c_stride, plan)
+                r += 2
+            else:
+                one(a_row, a_stride, b, b_stride, length, blocks, start, c_row, c_stride, plan)
+                r += 1
+
+    return run
+
+
 def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last)`."""
     lanes, pack, tile = machine.lanes, form.pack, form.tile
@@ -61,8 +82,9 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     integer, itemsize = form.integer, form.itemsize
     pack_keys, pack_values = tiles["pack_keys"].external, tiles["pack_values"].external
     combine, weigh, fold = (tiles[name].external for name in ("combine", "weigh", "fold"))
-    scores4, scores2, scores1 = (tiles[f"dot_scores{rows}"].external for rows in DOT_ROWS)
-    values4, values2, values1 = (tiles[f"dot_values{rows}"].external for rows in DOT_ROWS)
+    score_products, value_products = (
+        _products(*(tiles[f"dot_{what}{rows}"].external for rows in DOT_ROWS)) for what in ("scores", "values")
+    )
 
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
@@ -147,38 +169,15 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         stride = up(call.head_dim, lanes * pack) // pack
         rows = call.group * query_digits
         a, initial = s.a + 4 * stride * rows * h, s.initial + 4 * rows * h
-        r = 0
-        while r < rows:
-            a_row, initial_row, c_row = a + 4 * stride * r, initial + 4 * r, s.product + 4 * tile * r
-            if r + 4 <= rows:
-                scores4(a_row, stride, s.packed, tile, length, blocks, initial_row, c_row, tile, s.plan)
-                r += 4
-            elif r + 2 <= rows:
-                scores2(a_row, stride, s.packed, tile, length, blocks, initial_row, c_row, tile, s.plan)
-                r += 2
-            else:
-                scores1(a_row, stride, s.packed, tile, length, blocks, initial_row, c_row, tile, s.plan)
-                r += 1
+        score_products(rows, a, stride, s.packed, tile, length, blocks, initial, 4, s.product, tile, s.plan)
 
     @native
-    def products_of_values(call, s, count):  # type: ignore[no-untyped-def]
-        groups = (count + pack - 1) // pack
-        stride = tile // pack
-        columns = up(call.head_dim, lanes * pack)
-        blocks = (call.head_dim + lanes - 1) // lanes
-        rows = call.group * weight_digits
-        r = 0
-        while r < rows:
-            a_row, c_row = s.weights + 4 * stride * r, s.product + 4 * columns * r
-            if r + 4 <= rows:
-                values4(a_row, stride, s.packed, columns, groups, blocks, s.zeros, c_row, columns, s.plan)
-                r += 4
-            elif r + 2 <= rows:
-                values2(a_row, stride, s.packed, columns, groups, blocks, s.zeros, c_row, columns, s.plan)
-                r += 2
-            else:
-                values1(a_row, stride, s.packed, columns, groups, blocks, s.zeros, c_row, columns, s.plan)
-                r += 1
+    def products_of_values(call, s, groups):  # type: ignore[no-untyped-def]
+        columns, stride = up(call.head_dim, lanes * pack), tile // pack
+        rows, blocks = call.group * weight_digits, (call.head_dim + lanes - 1) // lanes
+        value_products(
+            rows, s.weights, stride, s.packed, columns, groups, blocks, s.zeros, 0, s.product, columns, s.plan
+        )
 
     @native
     def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
@@ -253,7 +252,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         if call.mask != 0:
             drop_masked_rows(call, s, values, b, first, count)
         pack_values(values, s.plan, value_lines, groups, call.head_dim, columns, s.packed)
-        products_of_values(call, s, count)
+        products_of_values(call, s, groups)
         for g in range(call.group):
             fold(
                 s.product + 4 * columns * weight_digits * g,

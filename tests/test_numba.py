@@ -20,7 +20,6 @@ from numba_kernels.machine import Machine, describe, this_machine
 
 AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
 ARM = {"neon": True, "bf16": True, "i8mm": True, "fp-armv8": True, "fullfp16": True, "dotprod": True}
-CACHES = [("float32", False), ("bfloat16", False), ("float16", False), ("int8", False), ("bfloat16", True)]
 
 
 def without(machine: Machine, **changes: object) -> Machine:
@@ -75,31 +74,33 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+NO_DOTS = dict(bfloat16_dot=None, int8_dot=None)
+LESSER = {  # every format converted, and narrower vectors, in as few compilations as show both
+    "no narrow products": (NO_DOTS, (0, 2)),
+    "8 lanes": (NO_DOTS | dict(lanes=8, columns=2), (1, 4)),
+    "4 lanes": (NO_DOTS | dict(lanes=4), (0, 3)),
+}
+
+
 @pytest.mark.parametrize(
-    "lesser",
-    [
-        dict(bfloat16_dot=None, int8_dot=None),
-        dict(bfloat16_dot=None, int8_dot=None, lanes=8, columns=2),
-        dict(bfloat16_dot=None, int8_dot=None, lanes=4),
-    ],
-    ids=["no narrow products", "8 lanes", "4 lanes"],
+    ("lesser", "case"),
+    [pytest.param(lesser, SMALL[i], id=f"{name}-{i}") for name, (lesser, which) in LESSER.items() for i in which],
 )
-def test_processors_that_offer_less(case: Case, lesser: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors_that_offer_less(lesser: dict, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = without(this_machine(), **lesser)
     monkeypatch.setattr(launch, "this_machine", lambda: machine)
     (out, lse), args, kwargs = call(case)
     assert_close(out, lse, args, kwargs)
 
 
-@pytest.mark.parametrize(("dtype", "precise"), CACHES)
+@pytest.mark.parametrize(("dtype", "precise"), [("bfloat16", False), ("int8", False), ("float16", True)])
 def test_compiles_for_arm(dtype: str, precise: bool) -> None:
     machine = describe("neoverse-v1", ARM, "aarch64")
     form = format_of(dtype, precise, machine)
     code = build.compile_object(form, machine, "aarch64-unknown-linux-gnu")
     assert code[:4] == b"\x7fELF"
     assert int.from_bytes(code[18:20], "little") == 183  # EM_AARCH64
-    assert form.pack == {"bfloat16": 1 if precise else 2, "int8": 4}.get(dtype, 1)
+    assert form.pack == {"bfloat16": 2, "int8": 4, "float16": 1}[dtype]
 
 
 @pytest.mark.parametrize("layout", ["BNSD", "BSND"])
