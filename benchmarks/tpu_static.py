@@ -105,7 +105,7 @@ def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str,
 
     from pallas_kernels.tpu import kernel, launch, lowering, tuning
 
-    kernels: list[Any] = []
+    kernels: list[tuple[Any, Any, list[Any]]] = []
 
     def static_kernel(start: Any, stop: Any, *refs: Any, plan: Any, **rest: Any) -> None:
         del start, stop
@@ -129,7 +129,7 @@ def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str,
     sharding = jax.sharding.SingleDeviceSharding(device)
     jax.clear_caches()
     dataclasses.replace(call, capacity=max(TILES) * 16384).lower(TOPOLOGIES[generation])
-    ((plan, kernel_call, shapes),) = kernels
+    plan, kernel_call, shapes = kernels[0]  # there may be another, for keys that are not finite
     jax.jit(kernel_call, out_shardings=sharding).lower(*shapes).compile()
     return dataclasses.asdict(plan) | {"tile": plan.tile}
 

@@ -113,6 +113,25 @@ def test_nan_outside_the_window_and_under_the_mask_never_leaks(
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
+@pytest.mark.parametrize("layout, head_dim, value", [("BNSD", 64, np.nan), ("BSH", 128, np.inf)])
+def test_a_key_that_is_not_finite_spoils_its_own_head_only(
+    layout: str, head_dim: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though heads are packed side by side, and the product of a zero with it is NaN."""
+    small_tiles(monkeypatch)
+    case = Case(batch=2, head_dim=head_dim, capacity=300, layout=layout, lengths=(300, 200), dtype="bfloat16")
+    args, kwargs = case.inputs()
+    expected, expected_lse = run_reference(args, kwargs)
+    args[1][(0, 1, 150, 3) if layout == "BNSD" else (0, 150, head_dim + 3)] = value  # of kv head 1
+    out, lse = (np.asarray(x, np.float64) for x in interpret(args, kwargs))
+    others = np.ones((2, 4), bool)
+    others[0, 2:] = False  # the query heads of kv head 1
+    assert np.isnan(lse[0, 2:]).any()  # an infinity of the sign that gives no weight leaves a row finite
+    np.testing.assert_allclose(lse[others], expected_lse[others], rtol=2e-6, atol=4e-6)
+    out, expected = (x.reshape(2, 4, head_dim)[others] for x in (out, expected))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2**-8 * max(1.0, np.abs(expected).max()))
+
+
 def test_garbage_in_the_table_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
     case = Case(batch=3, head_dim=128, capacity=700, block=16, lengths=(290, 0, 16), dtype="bfloat16")

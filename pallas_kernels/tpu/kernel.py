@@ -159,7 +159,7 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
     lax.fori_loop(fetch.first_tile(item), fetch.end_tile(item), visit, None)
 
     total = r.total[...]
-    some = total > 0.0
+    some = total != 0.0  # NaN stays NaN
     safe = jnp.where(some, total, 1.0)
     r.lse[0] = jnp.where(some, r.top[...] + jnp.log(safe), -jnp.inf)
     out = jnp.where(some[:, :1], r.accumulator[...] / safe[:, :1], 0.0)
@@ -204,12 +204,12 @@ class _Fetch:
         row = lax.div(item, self.plan.head_blocks)
         return lax.rem(row, self.plan.batch), lax.rem(item, self.plan.head_blocks)
 
-    def _copies(self, item: Array, tile: Array, j: Any, slot: Array) -> list[Any]:
-        """The copies of chunk j of the tile, of keys and of values."""
+    def _copy(self, item: Array, tile: Array, j: Any, slot: Array, part: int) -> Any:
+        """The copy of chunk j of the tile, of KEY or VALUE."""
         plan, refs = self.plan, self.refs
         sequence, block = self._place(item)
         index = tile * plan.chunks + j
-        page_index, part = (
+        page_index, piece = (
             (index, 0)
             if plan.chunks_per_page == 1
             else (
@@ -218,25 +218,23 @@ class _Fetch:
             )
         )
         page = sequence if refs.table is None else refs.table[sequence * plan.table_width + page_index]
-        offset = part * plan.chunk
+        offset = piece * plan.chunk
         heads = pl.ds(block * plan.item_heads, plan.item_heads)
-        copies = []
-        for pages, tiles, which in ((refs.key, refs.key_tile, KEY), (refs.value, refs.value_tile, VALUE)):
-            match plan.form:
-                case "heads":
-                    source = pages.at[page, heads, pl.ds(offset, plan.chunk)]
-                case "columns":
-                    source = pages.at[page, heads, :, pl.ds(pl.multiple_of(offset, LANES), plan.chunk)]  # type: ignore[arg-type]
-                case "lanes":
-                    width = plan.item_heads * plan.head_dim
-                    lanes = pl.ds(pl.multiple_of(block * width, LANES) if plan.head_blocks > 1 else 0, width)
-                    if plan.row_groups:
-                        rows = pl.ds(lax.div(offset, ROW_GROUP), plan.chunk // ROW_GROUP)
-                        source = pages.at[page, rows, :, lanes]
-                    else:
-                        source = pages.at[page, pl.ds(offset, plan.chunk), lanes]
-            copies.append(pltpu.make_async_copy(source, tiles.at[slot, j], refs.semaphores.at[slot, which]))
-        return copies
+        pages, tiles = (refs.key, refs.key_tile) if part == KEY else (refs.value, refs.value_tile)
+        match plan.form:
+            case "heads":
+                source = pages.at[page, heads, pl.ds(offset, plan.chunk)]
+            case "columns":
+                source = pages.at[page, heads, :, pl.ds(pl.multiple_of(offset, LANES), plan.chunk)]  # type: ignore[arg-type]
+            case "lanes":
+                width = plan.item_heads * plan.head_dim
+                lanes = pl.ds(pl.multiple_of(block * width, LANES) if plan.head_blocks > 1 else 0, width)
+                if plan.row_groups:
+                    rows = pl.ds(lax.div(offset, ROW_GROUP), plan.chunk // ROW_GROUP)
+                    source = pages.at[page, rows, :, lanes]
+                else:
+                    source = pages.at[page, pl.ds(offset, plan.chunk), lanes]
+        return pltpu.make_async_copy(source, tiles.at[slot, j], refs.semaphores.at[slot, part])
 
     def _row_copies(self, item: Array, tile: Array, slot: Array) -> list[Any]:
         """The copies of the mask's and the bias's part of a tile."""
@@ -254,7 +252,7 @@ class _Fetch:
     def start_full(self, item: Array, tile: Array, slot: Array, part: int) -> None:
         """Starts the copies of a whole tile of KEY or VALUE."""
         for j in range(self.plan.chunks):
-            self._copies(item, tile, j, slot)[part].start()
+            self._copy(item, tile, j, slot, part).start()
 
     def start_rows(self, item: Array, tile: Array, slot: Array) -> None:
         """Starts the copies of the mask's and the bias's part of a tile."""
@@ -265,8 +263,8 @@ class _Fetch:
         low, high = self._chunks(item, tile)
 
         def start(j: Array, _: None) -> None:
-            for copy in self._copies(item, tile, j, slot):
-                copy.start()
+            for part in (KEY, VALUE):
+                self._copy(item, tile, j, slot, part).start()
 
         lax.fori_loop(low, high, start, None)
 
@@ -402,7 +400,21 @@ def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
 def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     """q . k for one group of heads: (rows, size) float32, unscaled."""
     key = _load(r.key_tile, plan, place, group)
-    return _product(_terms(r.query[0, 0, group], plan.query_terms), key, transposed=plan.form != "columns")
+    query = _terms(r.query[0, 0, group], plan.query_terms)
+    rows_are_positions = plan.form != "columns"
+    if not plan.apart:
+        return _product(query, key, transposed=rows_are_positions)
+
+    def of_head(j: int, size: int, shape: tuple[int, int]) -> Array:
+        index = lax.broadcasted_iota(jnp.int32, shape, 0 if shape[1] == 1 else 1)
+        return (j * size <= index) & (index < (j + 1) * size)
+
+    scores = jnp.zeros((plan.rows, 1), jnp.float32)
+    for j in range(plan.packed):
+        mine = of_head(j, plan.head_dim, (1, plan.width) if rows_are_positions else (plan.width, 1))
+        alone = _product(query, _select(key, mine), transposed=rows_are_positions)
+        scores = jnp.where(of_head(j, plan.group, (plan.rows, 1)), alone, scores)
+    return scores
 
 
 def _terms(x: Array, count: int) -> list[Array]:

@@ -1,7 +1,8 @@
 """One launch of the kernel: canonical operands into the arrays it reads, and its arrays back."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +47,25 @@ def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
         arrays.append(bias)
         rows["rows_of_bias"] = bias.shape[0]
 
+    def run(plan: Plan) -> tuple[Array, Array]:
+        kernel = functools.partial(decode_kernel, plan=plan, **rows)
+        out, lse = unpacked(*_call(kernel, plan, scalars, arrays), plan)
+        if plan.splits == 1:
+            return out[0], lse[0]
+        return merge_parts(out, lse, jnp.stack([masked_positions(operands, *window) for window in windows]))
+
+    result = run(plan)
+    if plan.packed == 1 or key.dtype == jnp.int8:
+        return result
+    # Packed heads are kept apart by zeros in the query, and 0 * inf is NaN: a visible key that is not finite reaches
+    # its neighbours. That leaves NaN in the LSE, and then the kernel runs again with every head's keys alone.
+    spoilt = jnp.any(jnp.isnan(result[1]))
+    return jax.lax.cond(spoilt, lambda: run(dataclasses.replace(plan, apart=True)), lambda: result)
+
+
+def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays: list[Array]) -> tuple[Array, Array]:
+    """The kernel over all items: (items, groups, rows, width) and (items, groups * rows, 128)."""
+    tuning, (query, key, value) = plan.tuning, arrays[:3]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     per_core = plan.items // tuning.cores
     all_rows = plan.groups * plan.rows
@@ -68,7 +88,7 @@ def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
 
     chunk = _chunk_shape(plan)
     out, lse = pl.pallas_call(
-        functools.partial(decode_kernel, plan=plan, **rows),
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(tuning.cores, per_core),
@@ -78,7 +98,7 @@ def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
                 slots(plan.chunks, *chunk, dtype=key.dtype),
                 slots(plan.chunks, *chunk, dtype=value.dtype),
                 *([slots(1, plan.tile, dtype=jnp.float32)] if plan.masked else []),
-                *([slots(all_rows, plan.tile, dtype=operands.bias.dtype)] if operands.bias is not None else []),
+                *([slots(all_rows, plan.tile, dtype=arrays[-1].dtype)] if plan.biased else []),
                 pltpu.SemaphoreType.DMA((tuning.slots, 4)),
                 pltpu.SMEM((3,), jnp.int32),
                 pltpu.VMEM((all_rows, LANES), jnp.float32),
@@ -99,10 +119,7 @@ def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
         ),
         name=NAME,
     )(*scalars, *arrays)
-    out, lse = unpacked(out, lse, plan)
-    if plan.splits == 1:
-        return out[0], lse[0]
-    return merge_parts(out, lse, jnp.stack([masked_positions(operands, *window) for window in windows]))
+    return out, lse
 
 
 def split_windows(operands: Operands, plan: Plan) -> list[tuple[Array, Array]]:

@@ -40,6 +40,7 @@ class Plan:
       splits: parts each sequence's window is cut into, 1 or the number of cores.
       masked, biased: whether there is a mask, a bias.
       tuning: see `Tuning`.
+      apart: multiply the keys of each head alone, though heads are packed; for keys that are not finite.
     """
 
     form: str
@@ -63,6 +64,7 @@ class Plan:
     masked: bool
     biased: bool
     tuning: Tuning
+    apart: bool = False
 
     @property
     def tile(self) -> int:
