@@ -180,3 +180,11 @@ def test_vmap_joins_the_batch(mapped: tuple, monkeypatch: pytest.MonkeyPatch) ->
     for i in range(2):
         one = tuple(a if axis is None else a[i] for a, axis in zip(stacked, mapped, strict=True))
         assert_close(jnp.asarray(out)[i], jnp.asarray(lse)[i], one, kwargs)
+
+
+def test_where_python_numbers_have_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    case = Case(head_dim=80, capacity=136, int8=True, block=32, mask="2d", bias="batch", dtype="bfloat16")
+    args, kwargs = case.inputs()
+    with jax.enable_x64(True):
+        assert_close(*interpret(args, kwargs), args, kwargs)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -179,7 +180,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
         out, top, total, pages = carry
         # An only slot is 0, but as a number that the compiler takes to vary: if it knew that addresses stay the same,
         # it would keep one for each part of the tiles in registers.
-        slot = lax.rem(i, plan.stages) if plan.stages > 1 else lax.div(i, 2**30)
+        slot = _rem(i, plan.stages) if plan.stages > 1 else _div(i, 2**30)
         following = i + plan.stages
         plgpu.barrier_wait(r.key_arrived.at[slot])
         scores = _scores(r, plan, slot, scale)
@@ -240,7 +241,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
         full((plan.tile, columns), 0.0, LAYOUT) if plan.sums_late else full((columns,), 0.0, PER_COLUMN),
         fetch.pages(jnp.int32(plan.stages)),
     )
-    out, top, total, _ = lax.fori_loop(0, work.tiles, visit, state)
+    out, top, total, _ = lax.fori_loop(jnp.int32(0), work.tiles, visit, state)
     if plan.sums_late:
         total = jnp.sum(total, axis=0)
     inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
@@ -259,17 +260,27 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 def _work(r: Refs, plan: Plan) -> _Window:
     """The share of this thread block."""
     rest = lax.axis_index("unit")
-    rest, block = lax.div(rest, plan.blocks), lax.rem(rest, plan.blocks)
-    rest, head = lax.div(rest, plan.num_heads), lax.rem(rest, plan.num_heads)
-    sequence, split = lax.div(rest, plan.splits), lax.rem(rest, plan.splits)
+    rest, block = _div(rest, plan.blocks), _rem(rest, plan.blocks)
+    rest, head = _div(rest, plan.num_heads), _rem(rest, plan.num_heads)
+    sequence, split = _div(rest, plan.splits), _rem(rest, plan.splits)
     start, stop = r.start[sequence], r.stop[sequence]
-    lead = lax.rem(_first_row(plan, sequence, head), ROW_GROUP) if plan.ragged else 0
-    first = lax.div(start + lead, plan.tile)
-    tiles = jnp.where(start < stop, lax.div(stop + lead + (plan.tile - 1), plan.tile) - first, 0)
-    begin = lax.div(tiles * split, plan.splits)
-    end = lax.div(tiles * (split + 1), plan.splits)
+    lead = _rem(_first_row(plan, sequence, head), ROW_GROUP) if plan.ragged else 0
+    first = _div(start + lead, plan.tile)
+    tiles = jnp.where(start < stop, _div(stop + lead + (plan.tile - 1), plan.tile) - first, 0)
+    begin = _div(tiles * split, plan.splits)
+    end = _div(tiles * (split + 1), plan.splits)
     item = (sequence * plan.num_heads + head) * plan.blocks + block
     return _Window(sequence, head, block, split, item, start, stop, lead, first + begin, end - begin)
+
+
+def _div(x: Array, n: int) -> Array:
+    """x // n for numbers that are not negative, in 32 bits also where JAX makes 64 of a Python number."""
+    return lax.div(x, np.int32(n))
+
+
+def _rem(x: Array, n: int) -> Array:
+    """x % n, likewise."""
+    return lax.rem(x, np.int32(n))
 
 
 def _first_row(plan: Plan, page: Array, head: Array) -> Array:
@@ -398,11 +409,11 @@ class _Fetch:
         plan, work = self.plan, self.work
         if plan.table_width == 0:
             return (), ()
-        low = lax.div(work.start, plan.page)
-        high = jnp.maximum(lax.div(work.stop - 1, plan.page), low)
+        low = _div(work.start, plan.page)
+        high = jnp.maximum(_div(work.stop - 1, plan.page), low)
         keys, values = [], []
         for j in range(plan.chunks):
-            index = lax.div((work.first + i) * plan.chunks + j, plan.page // plan.chunk)
+            index = _div((work.first + i) * plan.chunks + j, plan.page // plan.chunk)
             entry = work.sequence * plan.table_width + jnp.clip(jnp.clip(index, low, high), 0, plan.table_width - 1)
             keys.append(jnp.clip(self.refs.table[entry], 0, plan.pages - 1))
             if plan.value_table:
@@ -424,13 +435,13 @@ class _Fetch:
         origin = (work.first + i) * plan.tile - work.lead
         if plan.masked:
             rows, width = self.mask_rows
-            first = lax.rem(work.sequence, rows) * width + (ROW_GROUP if plan.ragged else 0)
+            first = _rem(work.sequence, rows) * width + (ROW_GROUP if plan.ragged else 0)
             source = r.mask.at[pl.ds(first + origin, plan.mask_width)]
             plgpu.copy_gmem_to_smem(source, r.mask_s.at[slot], r.key_arrived.at[slot])
         if plan.bias_dtype is not None:
             positions = pl.ds(origin + (ROW_GROUP if plan.ragged else 0), plan.tile)
             heads = pl.ds(work.block * plan.columns, plan.columns)
-            source = r.bias.at[lax.rem(work.sequence, self.bias_rows), work.head, heads, positions]
+            source = r.bias.at[_rem(work.sequence, self.bias_rows), work.head, heads, positions]
             plgpu.copy_gmem_to_smem(source, r.bias_s.at[slot], r.key_arrived.at[slot])
 
     def values(self, i: Array, slot: Any, pages: tuple[tuple[Array, ...], tuple[Array, ...]]) -> None:
@@ -446,7 +457,7 @@ class _Fetch:
         for j in range(plan.chunks):
             if plan.table_width:
                 page = pages[j]
-                part = lax.rem((work.first + i) * plan.chunks + j, plan.page // plan.chunk) * plan.chunk
+                part = _rem((work.first + i) * plan.chunks + j, plan.page // plan.chunk) * plan.chunk
             else:
                 page, part = work.sequence, (work.first + i) * plan.tile - work.lead
             rows = pl.ds(pl.multiple_of(_first_row(plan, page, work.head) + part, ROW_GROUP), plan.chunk)

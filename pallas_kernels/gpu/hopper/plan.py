@@ -168,6 +168,8 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
     tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
     most_columns = min(32 if precise else 64, ACCUMULATOR // padded // N * N)
     columns = min(round_up(operands.group, N), most_columns)
+    # Converting values takes the registers that mask and bias would need for more rows than one wgmma has.
+    tile = M if staged and (operands.mask is not None or operands.bias is not None) else tuning.tile
     # The terms of a weight are columns of one product, and a few columns more cost nothing: the other side takes the
     # time. Where there are many columns they do, and 16-bit weights are allowed unless the call is precise.
     all_terms = {jnp.dtype(jnp.float16): 2, jnp.dtype(jnp.bfloat16): 3}[weight_dtype]
@@ -184,8 +186,8 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
         head_major=kv.head_major,
         key_dtype=dtype,
         weight_dtype=weight_dtype,
-        tile=tuning.tile,
-        chunk=_chunk(kv, tuning.tile),
+        tile=tile,
+        chunk=_chunk(kv, tile),
         stages=tuning.stages,
         columns=columns,
         blocks=-(-operands.group // columns),
