@@ -7,6 +7,7 @@ Such programs get XLA's loop, unless the foreign call was asked for by name.
 """
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -44,17 +45,21 @@ def _register(form: Format, machine: Machine) -> str:
     return name
 
 
+def _target_of(operands: Operands) -> str:
+    """The registered kernel for these operands on this machine."""
+    machine = this_machine()
+    return _register(format_of(str(operands.kv.key.dtype), operands.precise, machine), machine)
+
+
 def _call(*leaves: Array, tree: Any) -> tuple[Array, Array]:
     operands: Operands = jax.tree.unflatten(tree, leaves)
     kv = operands.kv
     batch, heads, group, head_dim = operands.query.shape
-    machine = this_machine()
-    form = format_of(str(kv.key.dtype), operands.precise, machine)
     result = (
         jax.ShapeDtypeStruct((batch, heads, group, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, heads, group), jnp.float32),
     )
-    call = jax.ffi.ffi_call(_register(form, machine), result)
+    call = jax.ffi.ffi_call(_target_of(operands), result)
     bias = operands.bias
     if bias is not None and bias.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         bias = bias.astype(jnp.float32)
@@ -85,9 +90,23 @@ def _xla(*leaves: Array, tree: Any) -> tuple[Array, Array]:
 def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
     """For a CPU."""
     exported = context.module_context.lowering_parameters.for_export
-    as_xla = or_xla and (exported or partitioned_by_xla(context))
+    as_xla = or_xla and (exported or partitioned_by_xla(context) or not _builds(tree, context.avals_in))
     function = functools.partial(_xla if as_xla else _call, tree=tree)
     return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
+
+
+def _builds(tree: Any, leaves: Any) -> bool:
+    """Whether the kernel could be made here: a Numba that does not work must not keep anyone from an answer."""
+    try:
+        _target_of(jax.tree.unflatten(tree, leaves))
+    except Exception as error:
+        warnings.warn(
+            f"The CPU kernel could not be built, and XLA's slower loop runs instead: {error!r}. "
+            "implementation='xla' chooses that loop without this warning.",
+            RuntimeWarning,
+        )
+        return False
+    return True
 
 
 def _lower_elsewhere(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:

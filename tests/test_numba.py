@@ -228,6 +228,20 @@ def test_by_name_it_is_for_cpus_only() -> None:
         run.trace(*args).lower(lowering_platforms=("tpu",))
 
 
+def test_a_numba_that_does_not_work_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> str:
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    monkeypatch.setattr(launch, "_register", broken)
+    args, kwargs = Case(capacity=41).inputs()
+    run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, return_lse=True, **kwargs))
+    with pytest.warns(RuntimeWarning, match=r"could not be built.*NumPy 2\.3.*implementation='xla'"):
+        out, lse = run(*args)
+    assert_close(out, lse, args, kwargs)
+    with pytest.raises(ImportError, match="Numba needs"):
+        call(Case(capacity=41))
+
+
 class TestWithoutNumba:
     @pytest.fixture(autouse=True)
     def _absent(self, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
