@@ -94,7 +94,9 @@ def test_an_export_for_every_platform_runs_here() -> None:
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
     exported = jax.export.export(jax.jit(call), platforms=["cpu", "cuda", "rocm"])(*specs)
     assert "mosaic_gpu" not in exported.mlir_module()
-    np.testing.assert_array_equal(exported.call(*args), jax.jit(call)(*args))
+    # An exported program runs XLA's loop, this process perhaps the CPU kernels: equal to one rounding of the result.
+    out, expected = (np.asarray(x, np.float32) for x in (exported.call(*args), jax.jit(call)(*args)))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2**-8 * np.abs(expected).max())
 
 
 def test_nothing_but_names_is_imported_or_traced_for_other_platforms() -> None:
