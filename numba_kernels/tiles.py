@@ -11,7 +11,7 @@ All take addresses as int64: they work on memory of XLA's and on scratch, and no
 are emitted straight as LLVM IR, into a module of their own; the Numba code sees them as external functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -227,18 +227,36 @@ def _dot(form: Format, machine: Machine, rows: int, name: str, unsigned: str) ->
                 for total in row:
                     builder.store(start, total)
             base = v.address(b, first, 4 * v.lanes)
-            with v.loop(length) as step:
-                fetcher.fetch()
-                at = v.address(base, builder.mul(step, b_stride), 4)
-                columns = [v.load(v.address(at, i, 4 * v.lanes), v.ints) for i in range(width)]
+
+            def add(begin: ir.Value, steps: ir.Value) -> None:
+                with v.loop(steps) as index:
+                    fetcher.fetch()
+                    step = builder.add(begin, index)
+                    at = v.address(base, builder.mul(step, b_stride), 4)
+                    columns = [v.load(v.address(at, i, 4 * v.lanes), v.ints) for i in range(width)]
+                    for g, row in enumerate(totals):
+                        lane = v.splat(v.load(v.address(a_rows[g], step, 4), I32))
+                        for total, column in zip(row, columns, strict=True):
+                            builder.store(v.dot(builder.load(total), lane, column, form.pack, unsigned), total)
+
+            def places() -> Iterator[tuple[ir.Value, ir.Value]]:
                 for g, row in enumerate(totals):
-                    lane = v.splat(v.load(v.address(a_rows[g], step, 4), I32))
-                    for total, column in zip(row, columns, strict=True):
-                        builder.store(v.dot(builder.load(total), lane, column, form.pack, unsigned), total)
-            for g, row in enumerate(totals):
-                at = v.address(v.address(c, builder.mul(c_stride, ir.Constant(I64, g)), 4), first, 4 * v.lanes)
-                for i, total in enumerate(row):
-                    v.store(builder.load(total), v.address(at, i, 4 * v.lanes))
+                    at = v.address(v.address(c, builder.mul(c_stride, ir.Constant(I64, g)), 4), first, 4 * v.lanes)
+                    for i, total in enumerate(row):
+                        yield total, v.address(at, i, 4 * v.lanes)
+
+            # A sum of float32 in two halves has the smaller rounding error; the others are exact, or half as long.
+            half = builder.udiv(length, ir.Constant(I64, 2)) if form.pack == 1 else ir.Constant(I64, 0)
+            if form.pack == 1:
+                add(ir.Constant(I64, 0), half)
+                for total, place in places():
+                    v.store(builder.load(total), place)
+                    builder.store(v.constant(kind, 0.0), total)
+            add(half, builder.sub(length, half))
+            for total, place in places():
+                if form.pack == 1:
+                    builder.store(builder.fadd(v.load(place, kind), builder.load(total)), total)
+                v.store(builder.load(total), place)
 
         # Wide blocks while they are whole, then narrower ones.
         done, width = ir.Constant(I64, 0), machine.columns

@@ -14,9 +14,10 @@ from gpu_interpreter import needs_interpreter
 
 from jax_ifa import incre_flash_attention
 from jax_ifa.operands import KVView, Operands
-from pallas_kernels.gpu import lowering, unsupported_reason
+from pallas_kernels.gpu import lowering
 from pallas_kernels.gpu.hopper import launch, tuning
 from pallas_kernels.gpu.hopper.plan import SHARED_MEMORY, make_plan
+from pallas_kernels.gpu.hopper.support import unsupported_reason
 
 CASE = Case(head_dim=64, dtype="bfloat16")
 

@@ -340,6 +340,7 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)  # the threads that di
 args, kwargs = Case(batch=2, head_dim=64, capacity=4000, lengths=None).inputs()
 args = jax.device_put(args)
 call = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", return_lse=True, **kwargs))
+call = call.lower(*args).compile()  # compiling, too, needs threads that a child does not have
 jax.block_until_ready(call(*args))
 child = os.fork()
 if child == 0:
