@@ -99,7 +99,7 @@ def compile_object(form: Format, machine: Machine, triple: str | None = None) ->
       machine: to run on.
       triple: LLVM's name of the platform to compile for; None is this one.
     """
-    module = _linked(form, machine, triple)
+    module = _linked(form, machine)
     target = _target(machine, triple)
     _optimise(module, target)
     missing = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
@@ -124,7 +124,7 @@ def _optimise(module: Any, target: Any) -> None:
     passes.getModulePassManager().run(module, passes)
 
 
-def _linked(form: Format, machine: Machine, triple: str | None) -> Any:
+def _linked(form: Format, machine: Machine) -> Any:
     """Tiles, Numba's functions and their C entry points as one module."""
     from numba import types
 
@@ -144,9 +144,9 @@ def _linked(form: Format, machine: Machine, triple: str | None) -> Any:
         texts.append(compiled.library.get_llvm_str().replace(" optnone", "").replace(" noinline", ""))
         names.append(compiled.fndesc.llvm_func_name)
     texts.append(_entry_points(names, (ENTRY, schedule.TASK)))
-    module = llvm.parse_assembly(_for_platform(texts[0], triple))
+    module = llvm.parse_assembly(_for_any_platform(texts[0]))
     for text in texts[1:]:
-        module.link_in(llvm.parse_assembly(_for_platform(text, triple)))
+        module.link_in(llvm.parse_assembly(_for_any_platform(text)))
     for function in module.functions:
         if not function.is_declaration and function.name != ENTRY:
             function.linkage = "internal"
@@ -170,10 +170,8 @@ def _little_optimisation() -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _for_platform(text: str, triple: str | None) -> str:
-    """IR without what says which platform it is for, or as it is for this one."""
-    if triple is None:
-        return text
+def _for_any_platform(text: str) -> str:
+    """IR without what says which platform it is for: `_optimise` says that of the whole."""
     return "\n".join(line for line in text.splitlines() if not line.startswith(("target triple", "target datalayout")))
 
 

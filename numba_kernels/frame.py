@@ -19,12 +19,6 @@ ERROR_DESTROY, SCHEDULE, NUM_THREADS = 8, 17, 18
 
 
 @native
-def find(frame, group, index):  # type: ignore[no-untyped-def]
-    """The address of a buffer of a call: group is ARGUMENTS or RESULTS."""
-    return word(word(frame, group), index)
-
-
-@native
 def answers_metadata(frame):  # type: ignore[no-untyped-def]
     """Whether the call only asks which version of the interface this is written for; it is answered then."""
     extension = word(frame, 1)

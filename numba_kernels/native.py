@@ -10,7 +10,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I64 = ir.IntType(64)
-BYTES = ir.IntType(8).as_pointer()
 INT = types.int64
 
 
@@ -33,7 +32,6 @@ def _loader(result: types.Type, kind: ir.Type, convert: Callable[[ir.IRBuilder, 
     return load
 
 
-load_int64 = _loader(types.int64, I64, lambda builder, x: x)
 load_int32 = _loader(types.int64, ir.IntType(32), lambda builder, x: builder.sext(x, I64))
 load_byte = _loader(types.int64, ir.IntType(8), lambda builder, x: builder.zext(x, I64))
 load_float32 = _loader(types.float32, ir.FloatType(), lambda builder, x: x)

@@ -24,13 +24,13 @@ from numba_kernels.native import (
     fetch_add,
     give_way,
     load_float32,
-    load_int64,
     native,
     pointer_to,
     release,
     store_float32,
     store_int64,
     up,
+    word,
 )
 from numba_kernels.stream import MINUS_INFINITY, F, make_stream
 from numba_kernels.tiles import Tile
@@ -112,7 +112,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
                         bytes_ = state_size(call)
                         slot = partials + bytes_ * (2 * number + (1 if from_ == offset else 0))
                         for i in range(bytes_ // 8):
-                            store_int64(slot + 8 * i, load_int64(s.state + 8 * i))
+                            store_int64(slot + 8 * i, word(s.state, i))
                 offset += size
             if offset >= high:
                 break
@@ -148,17 +148,17 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         worker = -1
         while True:
             number = fetch_add(block + 8 * NEXT, 1)
-            if number >= load_int64(block + 8 * RANGES):
+            if number >= word(block, RANGES):
                 break
             # A range is taken, so the calling thread waits, and the call's record and arrays are there.
-            call = call_at(load_int64(block + 8 * CALL))
+            call = call_at(word(block, CALL))
             partials = block + 8 * WORDS
-            own = partials + up(2 * load_int64(block + 8 * RANGES) * state_size(call), 64)
+            own = partials + up(2 * word(block, RANGES) * state_size(call), 64)
             if worker < 0:
                 worker = fetch_add(block + 8 * WORKERS, 1)
             size = scratch_size(call, lanes, pack, digits, tile, itemsize)
             s = lay_out(call, own + worker * size, lanes, pack, digits, tile, itemsize)
-            run_range(call, s, partials, number, load_int64(block + 8 * LENGTH))
+            run_range(call, s, partials, number, word(block, LENGTH))
             fetch_add(block + 8 * DONE, 1)
         if fetch_add(block + 8 * USERS, -1) == 1:
             release(block)

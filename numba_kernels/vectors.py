@@ -99,12 +99,8 @@ class Vectors:
                 )
                 for begin in (0, count)
             ]
-            vector = self.builder.fadd(*halves) if combine == "fadd" else self._pairwise(combine, *halves)
+            vector = self.builder.fadd(*halves) if combine == "fadd" else self.float_function(combine, *halves)
         return self.builder.extract_element(vector, ir.Constant(I32, 0))
-
-    def _pairwise(self, name: str, a: ir.Value, b: ir.Value) -> ir.Value:
-        kind = a.type
-        return self.builder.call(self.function(f"llvm.{name}.v{kind.count}f32", kind, (kind, kind)), (a, b))
 
     def dot(self, total: ir.Value, a: ir.Value, b: ir.Value, pack: int, unsigned: str) -> ir.Value:
         """Add the dot product of a and b to the total, in every lane.
