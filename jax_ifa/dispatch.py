@@ -14,6 +14,7 @@ from jax import Array
 
 from jax_ifa import xla
 from jax_ifa.operands import Operands
+from jax_ifa.sharding import vary_together
 
 Result = tuple[Array, Array]
 
@@ -74,6 +75,7 @@ def run(operands: Operands, implementation: str | None) -> Result:
     Raises:
       NotImplementedError: the named implementation cannot do this call; the message says why.
     """
+    operands = vary_together(operands)
     if implementation is None:
         return _by_platform(operands)
     candidate = next(c for c in IMPLEMENTATIONS if c.name == implementation)

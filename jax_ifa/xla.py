@@ -77,7 +77,7 @@ def _attend_rows(operands: Operands, row: Array, *, rows: int, tiles: tuple[int,
     end = -(-jnp.max(jnp.where(empty, 0, stop)) // unit)
     left = jnp.maximum(end - begin, 0)  # units to read
 
-    zero = jnp.zeros(query.shape[:-1], jnp.float32)
+    zero = jnp.zeros_like(query[..., 0])  # like: in a `shard_map`, it varies as the query does
     state = _Online(top=zero - jnp.inf, total=zero, out=jnp.zeros_like(query))
     # Wide tiles while they are whole, then narrow ones.
     lengths = sorted({min(units, max(1, tile // unit)) for tile in tiles}, reverse=True)

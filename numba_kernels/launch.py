@@ -14,24 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_ifa import xla
-from jax_ifa.lowering import partitioned_by_xla
+from jax_ifa.lowering import bind, loop_primitive, lower_as, partitioned_by_xla
 from jax_ifa.operands import Operands
 from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, this_machine
 
-attend_p = Primitive("incre_flash_attention_cpu")
-attend_p.multiple_results = True
+attend_p = loop_primitive("incre_flash_attention_cpu")
 
 
 def attend(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
     """The decode loop as a foreign call; `or_xla` allows XLA's loop where that is better."""
-    leaves, tree = jax.tree.flatten(operands)
-    out, lse = attend_p.bind(*leaves, tree=tree, or_xla=or_xla)
-    return out, lse
+    return bind(attend_p, operands, or_xla=or_xla)
 
 
 @functools.cache
@@ -51,8 +47,7 @@ def _target_of(operands: Operands) -> str:
     return _register(format_of(str(operands.kv.key.dtype), operands.precise, machine), machine)
 
 
-def _call(*leaves: Array, tree: Any) -> tuple[Array, Array]:
-    operands: Operands = jax.tree.unflatten(tree, leaves)
+def _call(operands: Operands) -> tuple[Array, Array]:
     kv = operands.kv
     batch, heads, group, head_dim = operands.query.shape
     result = (
@@ -83,16 +78,11 @@ def _call(*leaves: Array, tree: Any) -> tuple[Array, Array]:
     return out, lse
 
 
-def _xla(*leaves: Array, tree: Any) -> tuple[Array, Array]:
-    return xla.attend(jax.tree.unflatten(tree, leaves))
-
-
 def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
     """For a CPU."""
     exported = context.module_context.lowering_parameters.for_export
     as_xla = or_xla and (exported or partitioned_by_xla(context) or not _builds(tree, context.avals_in))
-    function = functools.partial(_xla if as_xla else _call, tree=tree)
-    return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
+    return lower_as(xla.attend if as_xla else _call, context, *leaves, tree=tree)
 
 
 def _builds(tree: Any, leaves: Any) -> bool:
@@ -113,18 +103,8 @@ def _lower_elsewhere(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any,
     """For other platforms: what JAX asks for when it lowers a program for several at once, though none will run it."""
     if not or_xla:
         raise NotImplementedError("implementation='numba' cannot do this call: it runs on CPUs only")
-    return mlir.lower_fun(functools.partial(_xla, tree=tree), multiple_results=True)(context, *leaves)
+    return lower_as(xla.attend, context, *leaves, tree=tree)
 
 
-def _abstract(*leaves: Any, tree: Any, or_xla: bool) -> list[Any]:
-    del or_xla
-    operands = jax.tree.unflatten(tree, leaves)
-    shape = operands.query.shape
-    kind = jax.core.ShapedArray
-    return [kind(shape, jnp.dtype(jnp.float32)), kind(shape[:-1], jnp.dtype(jnp.float32))]
-
-
-attend_p.def_abstract_eval(_abstract)
-attend_p.def_impl(lambda *leaves, **static: jax.jit(functools.partial(attend_p.bind, **static))(*leaves))
 mlir.register_lowering(attend_p, _lower_elsewhere)
 mlir.register_lowering(attend_p, _lower, platform="cpu")

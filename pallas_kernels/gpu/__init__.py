@@ -24,6 +24,6 @@ def attend(operands: Operands, *, or_xla: bool = False) -> tuple[Array, Array]:
     Raises, when it is lowered for a GPU that is known to have no kernel, NotImplementedError, unless `or_xla` allows
     XLA's loop. Lowered for an unknown GPU, the program is for Hopper, or with `or_xla` for all.
     """
-    from pallas_kernels.gpu.lowering import bind  # registers a primitive: for those who use it
+    from pallas_kernels.gpu import lowering  # registers a primitive: for those who use it
 
-    return bind(operands, or_xla=or_xla)
+    return lowering.attend(operands, or_xla=or_xla)

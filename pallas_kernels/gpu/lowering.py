@@ -10,13 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_ifa import xla
-from jax_ifa.lowering import partitioned_by_xla
+from jax_ifa.lowering import bind, loop_primitive, lower_as, partitioned_by_xla
 from jax_ifa.operands import Operands
 
 Attend = Callable[[Operands, str | None], tuple[Array, Array]]
@@ -31,15 +29,20 @@ def _hopper(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
 KERNELS: dict[str, Attend] = {"9.0": _hopper}
 """The kernel of each compute capability; a function of the operands and of the device's kind, as JAX names it."""
 
-attend_p = Primitive("incre_flash_attention_gpu")
-attend_p.multiple_results = True
+
+def _effects(operands: Operands, or_xla: bool) -> Any:
+    """By name the kernel may run under JAX's GPU interpreter, which calls back to the host."""
+    if or_xla:
+        return set()
+    return jax.make_jaxpr(functools.partial(_hopper, device_kind=None))(operands).effects
 
 
-def bind(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
+attend_p = loop_primitive("incre_flash_attention_gpu", _effects)
+
+
+def attend(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
     """The decode loop, chosen when it is lowered; `or_xla` allows XLA's."""
-    leaves, tree = jax.tree.flatten(operands)
-    out, lse = attend_p.bind(*leaves, tree=tree, or_xla=or_xla)
-    return out, lse
+    return bind(attend_p, operands, or_xla=or_xla)
 
 
 def choose(devices: Any, *, partitioned: bool, or_xla: bool) -> tuple[Attend, str | None]:
@@ -69,26 +72,11 @@ def _xla(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
     return xla.attend(operands)
 
 
-def _attend(*leaves: Array, tree: Any, attend: Attend, device_kind: str | None) -> tuple[Array, Array]:
-    return attend(jax.tree.unflatten(tree, leaves), device_kind)
-
-
 def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
     module = context.module_context
     devices = module.backend.devices() if module.backend is not None else []
-    attend, device_kind = choose(devices, partitioned=partitioned_by_xla(context), or_xla=or_xla)
-    function = functools.partial(_attend, tree=tree, attend=attend, device_kind=device_kind)
-    return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
+    loop, device_kind = choose(devices, partitioned=partitioned_by_xla(context), or_xla=or_xla)
+    return lower_as(lambda operands: loop(operands, device_kind), context, *leaves, tree=tree)
 
 
-def _abstract(*leaves: Any, tree: Any, or_xla: bool) -> tuple[list[Any], Any]:
-    if not or_xla:  # by name: perhaps under JAX's GPU interpreter, which calls back to the host
-        body = jax.make_jaxpr(functools.partial(_attend, tree=tree, attend=_hopper, device_kind=None))(*leaves)
-        return list(body.out_avals), body.effects
-    query = jax.tree.unflatten(tree, leaves).query
-    return [query.update(dtype=jnp.dtype("float32"), shape=shape) for shape in (query.shape, query.shape[:-1])], set()
-
-
-attend_p.def_effectful_abstract_eval(_abstract)
-attend_p.def_impl(lambda *leaves, **kwargs: jax.jit(functools.partial(attend_p.bind, **kwargs))(*leaves))
 mlir.register_lowering(attend_p, _lower)

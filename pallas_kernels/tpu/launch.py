@@ -86,6 +86,10 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
     def slots(*shape: int, dtype: jnp.dtype) -> Any:
         return pltpu.VMEM((tuning.slots, *shape), dtype)
 
+    def result(*shape: int) -> jax.ShapeDtypeStruct:
+        varies = jax.typeof(query).manual_axis_type  # in a `shard_map`, as the operands do
+        return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varies)
+
     chunk = _chunk_shape(plan)
     out, lse = pl.pallas_call(
         kernel,
@@ -107,8 +111,8 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((plan.items, plan.groups, plan.rows, plan.width), jnp.float32),
-            jax.ShapeDtypeStruct((plan.items, all_rows, LANES), jnp.float32),
+            result(plan.items, plan.groups, plan.rows, plan.width),
+            result(plan.items, all_rows, LANES),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
