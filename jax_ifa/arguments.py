@@ -49,7 +49,7 @@ def required(name: str, value: Any) -> Array:
     """An array that must be there."""
     array = as_array(name, value)
     if array is None:
-        raise TypeError(f"{name} must be an array, got None")
+        fail(f"{name} must be an array", expected="numbers", got=None, error=TypeError)
     return array
 
 
@@ -414,7 +414,7 @@ def check_scale_value(scale_value: Any) -> Array:
     # NumPy's 64-bit scalars too: 1 / np.sqrt(D) is one, and a float32 attribute is what the operator makes of it.
     scale = scale_value if isinstance(scale_value, Array) else np.asarray(scale_value)
     if not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
-        raise TypeError(f"scale_value must be one real number, got {scale_value!r}")
+        fail("scale_value must be one real number", expected="a real dtype", got=repr(scale_value), error=TypeError)
     if scale.size != 1:
         fail("scale_value is one real number for all", expected="shape () or (1,)", got=scale.shape)
     return jnp.asarray(scale, jnp.float32).reshape(())

@@ -22,10 +22,10 @@ def as_array(name: str, value: Any) -> Array | None:
     given = getattr(value, "dtype", None)
     try:
         array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array, got {type(value).__name__}") from error
+    except (TypeError, ValueError):
+        fail(f"{name} must be an array", expected="numbers", got=type(value).__name__, error=TypeError)
     if given is not None and array.dtype != given:  # NumPy's 64-bit defaults, which JAX would narrow in silence
-        raise TypeError(f"{name} must have a dtype that JAX holds, expected for example {array.dtype}, got {given}")
+        fail(f"{name} has a dtype that JAX holds", expected=f"for example {array.dtype}", got=given, error=TypeError)
     return array
 
 
@@ -49,7 +49,7 @@ def as_integers(name: str, value: Any) -> Array | np.ndarray | None:
         if array.size == 0:  # NumPy gives an empty list a floating point dtype
             array = array.astype(np.int64)
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
+        fail(f"{name} must hold integers", expected="an integer dtype", got=array.dtype, error=TypeError)
     return array
 
 
