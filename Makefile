@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test lint format benchmark clean
+.PHONY: help generate test compile lint format benchmark clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,10 +26,13 @@ help:  ## Show this list.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# JAX's packages of the version asked for; its compiler for GPUs has JAX's own version.
+PINNED = $(if $(strip $(JAX)),$(foreach package,jax $(if $(findstring gpu,$*),jax-cuda13-plugin jax-cuda13-pjrt),'$(package)==$(strip $(JAX))'))
+
 # One stamp for each set of packages, renewed when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing jax-ifa and what '$*' needs into $(VENV) ..."
-	$(INSTALL) --editable '.[$*]' $(if $(strip $(JAX)),'jax==$(strip $(JAX))')
+	$(INSTALL) --editable '.[$*]' $(PINNED)
 	@touch $@
 
 generate: $(VENV)/.installed-examples  ## Answer PROMPT= with a language model (MAX_NEW_TOKENS= CACHE= KV_DTYPE= MODEL=).
@@ -40,6 +43,10 @@ export PROMPT MODEL
 
 test: $(VENV)/.installed-test  ## Run the tests.
 	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
+
+compile: $(VENV)/.installed-test,tpu-compile,gpu-compile  ## Compile the kernels for TPUs and GPUs that are not here.
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/test_tpu_compile.py tests/test_gpu_compile.py \
+	  $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test,lint  ## Check format, style and types.
 	$(BIN)/ruff format --check .
