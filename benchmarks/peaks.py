@@ -16,7 +16,7 @@ from numba_kernels.machine import Machine
 from numba_kernels.vectors import I64, Vectors
 
 CHAINS = 12  # sums that do not wait for each other: more than the instruction's latency
-STEPS = 200_000
+STEPS = 2_000_000
 
 
 def peak(form: Format, machine: Machine) -> Contender:

@@ -134,7 +134,7 @@ def _linked(form: Format, machine: Machine) -> Any:
     # Numba makes the functions callable in this process, though nobody will call them, and asks for these symbols.
     for name in (*parts, schedule.TASK):
         llvm.add_symbol(name, ctypes.cast(_never_called, ctypes.c_void_p).value)
-    texts = [str(tiles.module_of(parts))]
+    texts = [str(tiles.module_of(parts, machine))]
     names = []
     for function in schedule.make_handler(form, machine, parts):
         with _little_optimisation():

@@ -1,8 +1,10 @@
 """One call of the decode loop, as read from XLA's frame, and the scratch that a thread needs for it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from numba_kernels.formats import Format
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS, WORD
+from numba_kernels.machine import Machine
 from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, up, word
 from numba_kernels.records import record_of
 
@@ -126,20 +128,23 @@ def bias_at(call, b, head, t):  # type: ignore[no-untyped-def]
     return load_float32(call.bias + 4 * index)
 
 
-class Scratch(NamedTuple):
-    """Addresses of a thread's working memory."""
+@native
+def head_state(call, lanes, pack):  # type: ignore[no-untyped-def]
+    """Bytes of a kv head's state: outputs (G, columns), largest scores and sums of weights (2, G padded to vectors)."""
+    return 4 * (call.group * up(call.head_dim, lanes * pack) + 2 * up(call.group, lanes))
 
-    a: int  # A of the scores: (unit_heads, G * digits, L) lanes
-    initial: int  # (unit_heads, G * digits) int32
+
+class Scratch(NamedTuple):
+    """Addresses of a thread's working memory. G is padded to whole vectors where it comes last."""
+
+    query: int  # (unit_heads, G * digits, L) lanes
+    initial: int  # (unit_heads, G * digits, lanes) int32: from which the products of keys start
     weight: int  # (unit_heads, G) float32: what a score is multiplied by
-    packed: int  # B: keys (L, T), then values (T / pack, columns)
-    product: int  # C, of the scores and then of the outputs: (G * digits, T or columns)
     scores: int  # (G, T) float32
-    weights: int  # A of the outputs: (G * digits, T / pack) lanes
-    factors: int  # (G, 3) float32 of a tile: what the old output and the new are multiplied by; its largest score
-    state: int  # (unit_heads, G, columns + 2): output, largest score, sum of weights
+    weights: int  # (G, digits, T / pack) lanes
+    factors: int  # (4, G) float32: see `weigh` in tiles.py
+    state: int  # (unit_heads, head_state) bytes
     rows: int  # (2, 2, T) addresses of keys and values, of this step and the next
-    plan: int  # of fetching the next step's rows: see tiles.py
     zeros: int  # a row of the cache that is all 0
     size: int  # bytes in all
 
@@ -148,36 +153,35 @@ _, _put_scratch = record_of(Scratch)
 SCRATCH_BYTES = WORD * len(Scratch._fields)
 
 
-@native
-def parts_of(call, base, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
-    """The fields of the `Scratch` at an address: the record first, then every part on a cache line of its own."""
+def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
+    """Two Numba functions: the bytes of a `Scratch` for a call, wherever it begins; and the one at an address."""
+    lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
+    query_digits, weight_digits = form.query_digits, form.weight_digits
     line = 64
-    length = up(call.head_dim, lanes * pack) // pack
-    columns = up(call.head_dim, lanes * pack)
-    rows = call.group * digits
-    a = up(base + SCRATCH_BYTES, line)
-    initial = up(a + 4 * call.unit_heads * rows * length, line)
-    weight = up(initial + 4 * call.unit_heads * rows, line)
-    packed = up(weight + 4 * call.unit_heads * call.group, line)
-    product = up(packed + 4 * max(length * tile, tile // pack * columns), line)
-    scores = up(product + 4 * rows * max(tile, columns), line)
-    weights = up(scores + 4 * call.group * tile, line)
-    factors = up(weights + 4 * rows * (tile // pack), line)
-    state = up(factors + 12 * call.group, line)
-    addresses = up(state + 4 * call.unit_heads * call.group * (columns + 2), line)
-    plan = addresses + WORD * 4 * tile
-    zeros = up(plan + WORD * 5, line)
-    end = up(zeros + max(itemsize * call.head_dim, 4 * 4), line)
-    return a, initial, weight, packed, product, scores, weights, factors, state, addresses, plan, zeros, end - base
 
+    @native
+    def parts_of(call, base):  # type: ignore[no-untyped-def]
+        """The record first, then every part on a cache line of its own."""
+        length = up(call.head_dim, lanes * pack) // pack
+        heads = call.unit_heads * call.group
+        query = up(base + SCRATCH_BYTES, line)
+        initial = up(query + 4 * heads * query_digits * length, line)
+        weight = up(initial + 4 * heads * query_digits * lanes, line)
+        scores = up(weight + 4 * heads, line)
+        weights = up(scores + 4 * call.group * tile, line)
+        factors = up(weights + 4 * call.group * weight_digits * (tile // pack), line)
+        state = up(factors + 16 * up(call.group, lanes), line)
+        rows = up(state + call.unit_heads * head_state(call, lanes, pack), line)
+        zeros = up(rows + WORD * 4 * tile, line)
+        end = up(zeros + up(itemsize * call.head_dim, 16), line)
+        return query, initial, weight, scores, weights, factors, state, rows, zeros, end - base
 
-@native
-def scratch_size(call, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
-    """Bytes of a `Scratch`, wherever it begins."""
-    return parts_of(call, 0, lanes, pack, digits, tile, itemsize)[-1] + 64
+    @native
+    def size_for(call):  # type: ignore[no-untyped-def]
+        return parts_of(call, 0)[-1] + line
 
+    @native
+    def lay_out(call, base):  # type: ignore[no-untyped-def]
+        return _put_scratch(base, parts_of(call, base))
 
-@native
-def lay_out(call, base, lanes, pack, digits, tile, itemsize):  # type: ignore[no-untyped-def]
-    """The `Scratch` that begins at an address."""
-    return _put_scratch(base, parts_of(call, base, lanes, pack, digits, tile, itemsize))
+    return size_for, lay_out

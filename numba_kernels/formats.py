@@ -1,12 +1,12 @@
 """How an element of the cache meets the query: as float32, or several at a time in a narrow dot product.
 
-All arithmetic of the kernels is one product, C[row, column] += dot(A[row, l], B[l, column]), in 32-bit lanes. A lane
-holds one float32, a pair of bfloat16, or a quad of int8; `pack` says how many. A is the query (or the softmax
-weights), with consecutive elements side by side in a lane; B is a tile of keys (or values), packed to match.
+All products of the kernels are of 32-bit lanes, which hold one float32, a pair of bfloat16, or a quad of int8; `pack`
+says how many. On one side is the query (or the softmax weights), with consecutive elements side by side in a lane; on
+the other the elements of a key (or those of consecutive values, interleaved), in the same way.
 
-A narrow A holds fewer bits than a float32. So A is split into digits, each a row of its own, whose products are put
-together in float32. With three bytes, x = scale * (2**16 * high + 2**8 * middle + low) to within float32's own
-precision; with two bfloat16, x = high + low to within 2**-17. A query that is bfloat16 already needs one.
+A narrow lane holds fewer bits than a float32. So query and weights are split into digits, each a row of its own, whose
+products are put together in float32. With three bytes, x = scale * (2**16 * high + 2**8 * middle + low) to within
+float32's own precision; with two bfloat16, x = high + low to within 2**-17. A query that is bfloat16 already needs one.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class Format:
       name: of the format, for messages and caches of compiled code.
       dtype: of the cache.
       pack: elements in a 32-bit lane: 1 converts to float32, 2 multiplies pairs of bfloat16, 4 quads of int8.
-      query_digits: rows of A that hold one query head.
-      weight_digits: rows of A that hold the weights of one query head.
+      query_digits: rows that hold one query head.
+      weight_digits: rows that hold the weights of one query head.
       tile: positions read at a time.
     """
 
@@ -38,11 +38,6 @@ class Format:
     def itemsize(self) -> int:
         """Bytes of an element."""
         return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.dtype]
-
-    @property
-    def digits(self) -> int:
-        """The larger of the two."""
-        return max(self.query_digits, self.weight_digits)
 
     @property
     def integer(self) -> bool:
@@ -62,4 +57,4 @@ def format_of(dtype: str, precise: bool, machine: Machine) -> Format:
         return Format("bfloat16_pairs", dtype, 2, 1, 2, 64)
     if dtype == "int8" and machine.int8_dot:
         return Format("int8_quads", dtype, 4, 3, 3, 64)
-    return Format(dtype, dtype, 1, 1, 1, 32)
+    return Format(dtype, dtype, 1, 1, 1, 64)

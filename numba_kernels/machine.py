@@ -14,7 +14,7 @@ class Machine:
     Attributes:
       cpu, features: as LLVM names them.
       lanes: 32-bit lanes of a vector register.
-      columns: vectors that a block of accumulators is wide; with 4 rows of them, as many as the registers hold.
+      registers: vectors that the processor names.
       bfloat16_dot: the instruction that multiplies pairs of bfloat16 and adds them to float32 lanes, or None.
       int8_dot: the instruction that multiplies quads of uint8 by int8 and adds them to int32 lanes, or None.
     """
@@ -22,7 +22,7 @@ class Machine:
     cpu: str
     features: str
     lanes: int
-    columns: int
+    registers: int
     bfloat16_dot: str | None
     int8_dot: str | None
 
@@ -41,18 +41,18 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
                 bfloat16_dot = "llvm.x86.avx512bf16.dpbf16ps.512"
             if has("avx512vnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.512"
-            return Machine(cpu, flags, 16, 4, bfloat16_dot, int8_dot)
+            return Machine(cpu, flags, 16, 32, bfloat16_dot, int8_dot)
         if has("avx2", "fma"):
             if has("avxvnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.256"
-            return Machine(cpu, flags, 8, 2, None, int8_dot)
+            return Machine(cpu, flags, 8, 16, None, int8_dot)
     elif architecture in ("aarch64", "arm64"):
         if has("bf16"):
             bfloat16_dot = "llvm.aarch64.neon.bfdot.v4f32.v8bf16"
         if has("i8mm"):
             int8_dot = "llvm.aarch64.neon.usdot.v4i32.v16i8"
-        return Machine(cpu, flags, 4, 4, bfloat16_dot, int8_dot)
-    return Machine(cpu, flags, 4, 2, None, None)
+        return Machine(cpu, flags, 4, 32, bfloat16_dot, int8_dot)
+    return Machine(cpu, flags, 4, 16, None, None)
 
 
 @functools.cache

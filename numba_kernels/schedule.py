@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_kernels.call import CALL_BYTES, call_at, lay_out, read_call, scratch_size, window
+from numba_kernels.call import CALL_BYTES, call_at, head_state, read_call, scratch_of, window
 from numba_kernels.formats import Format
 from numba_kernels.frame import answers_metadata, num_threads, schedule
 from numba_kernels.machine import Machine
@@ -49,39 +49,45 @@ TASK = "jax_ifa_take_ranges"
 def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
     """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the `TASK`."""
     stream = make_stream(form, machine, tiles)
-    lanes, pack, digits, tile, itemsize = machine.lanes, form.pack, form.digits, form.tile, form.itemsize
+    lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
+    scratch_size, lay_out = scratch_of(form, machine)
 
     @native
     def state_size(call):  # type: ignore[no-untyped-def]
-        return 4 * call.unit_heads * call.group * (up(call.head_dim, lanes * pack) + 2)
+        return call.unit_heads * head_state(call, lanes, pack)
+
+    @native
+    def parts_of(call, state, i):  # type: ignore[no-untyped-def]
+        """Where the state of a unit has what belongs to its query head i: output, largest score, sum of weights."""
+        columns, padded = up(call.head_dim, lanes * pack), up(call.group, lanes)
+        head = state + head_state(call, lanes, pack) * (i // call.group)
+        top = head + 4 * (call.group * columns + i % call.group)
+        return head + 4 * columns * (i % call.group), top, top + 4 * padded
 
     @native
     def finish(call, b, first_head, state):  # type: ignore[no-untyped-def]
         """The results of a unit of heads from its state."""
-        columns = up(call.head_dim, lanes * pack)
         for i in range(call.unit_heads * call.group):
-            source = state + 4 * (columns + 2) * i
-            top, total = load_float32(source + 4 * columns), load_float32(source + 4 * columns + 4)
+            source, top, total = parts_of(call, state, i)
             row = (b * call.heads + first_head) * call.group + i
-            inverse = F(1) / total if total != F(0) else F(0)
-            store_float32(call.lse + 4 * row, top + np.log(total) if total != F(0) else MINUS_INFINITY)
+            sum_ = load_float32(total)
+            inverse = F(1) / sum_ if sum_ != F(0) else F(0)
+            store_float32(call.lse + 4 * row, load_float32(top) + np.log(sum_) if sum_ != F(0) else MINUS_INFINITY)
             for d in range(call.head_dim):
-                x = load_float32(source + 4 * d) * inverse
-                store_float32(call.out + 4 * (row * call.head_dim + d), x)
+                store_float32(call.out + 4 * (row * call.head_dim + d), load_float32(source + 4 * d) * inverse)
 
     @native
     def merge(call, state, part):  # type: ignore[no-untyped-def]
         """Fold a partial state into another."""
-        columns = up(call.head_dim, lanes * pack)
         for i in range(call.unit_heads * call.group):
-            a, b = state + 4 * (columns + 2) * i, part + 4 * (columns + 2) * i
-            a_top, b_top = load_float32(a + 4 * columns), load_float32(b + 4 * columns)
-            a_total, b_total = load_float32(a + 4 * columns + 4), load_float32(b + 4 * columns + 4)
-            top = max(a_top, b_top)
-            fade = np.exp(a_top - top) if a_total != F(0) else F(0)
-            share = np.exp(b_top - top) if b_total != F(0) else F(0)
-            store_float32(a + 4 * columns, top)
-            store_float32(a + 4 * columns + 4, a_total * fade + b_total * share)
+            a, a_top, a_total = parts_of(call, state, i)
+            b, b_top, b_total = parts_of(call, part, i)
+            top = max(load_float32(a_top), load_float32(b_top))
+            old, new = load_float32(a_total), load_float32(b_total)
+            fade = np.exp(load_float32(a_top) - top) if old != F(0) else F(0)
+            share = np.exp(load_float32(b_top) - top) if new != F(0) else F(0)
+            store_float32(a_top, top)
+            store_float32(a_total, old * fade + new * share)
             for d in range(call.head_dim):
                 old = load_float32(a + 4 * d) * fade if fade != F(0) else F(0)
                 new = load_float32(b + 4 * d) * share if share != F(0) else F(0)
@@ -156,8 +162,8 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             own = partials + up(2 * word(block, RANGES) * state_size(call), 64)
             if worker < 0:
                 worker = fetch_add(block + 8 * WORKERS, 1)
-            size = scratch_size(call, lanes, pack, digits, tile, itemsize)
-            s = lay_out(call, own + worker * size, lanes, pack, digits, tile, itemsize)
+            size = scratch_size(call)
+            s = lay_out(call, own + worker * size)
             run_range(call, s, partials, number, word(block, LENGTH))
             fetch_add(block + 8 * DONE, 1)
         if fetch_add(block + 8 * USERS, -1) == 1:
@@ -189,7 +195,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         length = max(1, up((total + ranges - 1) // ranges, tile))
         ranges = (total + length - 1) // length
         threads = max(1, min(threads, ranges))
-        scratch = scratch_size(call, lanes, pack, digits, tile, itemsize)
+        scratch = scratch_size(call)
         block = allocate(8 * WORDS + up(2 * ranges * state_size(call), 64) + 64 + threads * scratch)
         if block == 0:
             release(record)

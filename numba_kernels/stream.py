@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
-from numba_kernels.call import Call, bias_at
+from numba_kernels.call import Call, bias_at, head_state
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 from numba_kernels.native import (
@@ -23,7 +23,7 @@ from numba_kernels.native import (
     store_int64,
     up,
 )
-from numba_kernels.tiles import DOT_ROWS, LINE, Tile
+from numba_kernels.tiles import Tile, heads_at_once, positions_at_once
 from numba_kernels.vectors import EXP_UNDERFLOWS
 
 F = np.float32
@@ -53,48 +53,77 @@ def set_rows(call: Call, pages, num_pages, table, b, head, first, count, room, z
         store_int64(rows + 8 * i, zeros)
 
 
-def _products(four: Any, two: Any, one: Any) -> Any:
-    """The `dot` of any number of rows, from those of four, two and one; `initial` moves on by so many bytes a row."""
+def _by_heads(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
+    """The steps `scores` and `values` of all heads of a group, a few at a time."""
+    lanes, pack, tile = machine.lanes, form.pack, form.tile
+    query_digits, weight_digits = form.query_digits, form.weight_digits
+    at_once = heads_at_once(form, machine)
+    # As many as the tiles can do at once, for a Numba function whose branches are known when it is compiled.
+    most = at_once[0]
+    scores1, scores2, scores4 = (tiles[f"scores{min(heads, most)}"].external for heads in (1, 2, 4))
+    values1, values2, values4 = (tiles[f"values{min(heads, most)}"].external for heads in (1, 2, 4))
+    positions1, positions2, positions4 = (positions_at_once(form, machine, heads) for heads in (1, 2, 4))
 
     @native
-    def run(rows, a, a_stride, b, b_stride, length, blocks, initial, initial_step, c, c_stride, plan):  # type: ignore[no-untyped-def]
-        r = 0
-        while r < rows:
-            a_row, start, c_row = a + 4 * a_stride * r, initial + initial_step * r, c + 4 * c_stride * r
-            if r + 4 <= rows:
-                four(a_row, a_stride, b, b_stride, length, blocks, start, c_row, c_stride, plan)
-                r += 4
-            elif r + 2 <= rows:
-                two(a_row, a_stride, b, b_stride, length, blocks, start, c_row, c_stride, plan)
-                r += 2
+    def scores_of(call, s, rows, ahead, h, count):  # type: ignore[no-untyped-def]
+        stride = 4 * (up(call.head_dim, lanes * pack) // pack)
+        g = 0
+        while g < call.group:
+            first = h * call.group + g
+            query, initial = s.query + stride * query_digits * first, s.initial + 4 * lanes * query_digits * first
+            weight, out = s.weight + 4 * first, s.scores + 4 * tile * g
+            if most >= 4 and g + 4 <= call.group:
+                blocks = (count + positions4 - 1) // positions4
+                scores4(query, stride, initial, rows, ahead, blocks, call.head_dim, weight, out)
+                g += 4
+            elif most >= 2 and g + 2 <= call.group:
+                blocks = (count + positions2 - 1) // positions2
+                scores2(query, stride, initial, rows, ahead, blocks, call.head_dim, weight, out)
+                g += 2
             else:
-                one(a_row, a_stride, b, b_stride, length, blocks, start, c_row, c_stride, plan)
-                r += 1
+                blocks = (count + positions1 - 1) // positions1
+                scores1(query, stride, initial, rows, ahead, blocks, call.head_dim, weight, out)
+                g += 1
+            ahead = rows  # fetched once is enough
 
-    return run
+    @native
+    def values_of(call, s, rows, ahead, state, count):  # type: ignore[no-untyped-def]
+        columns, groups = up(call.head_dim, lanes * pack), (count + pack - 1) // pack
+        padded = up(call.group, lanes)
+        g = 0
+        while g < call.group:
+            weights = s.weights + 4 * (tile // pack) * weight_digits * g
+            fades, shares = s.factors + 4 * (2 * padded + g), s.factors + 4 * (3 * padded + g)
+            out = state + 4 * columns * g
+            if most >= 4 and g + 4 <= call.group:
+                values4(weights, rows, ahead, groups, call.head_dim, fades, shares, columns, out)
+                g += 4
+            elif most >= 2 and g + 2 <= call.group:
+                values2(weights, rows, ahead, groups, call.head_dim, fades, shares, columns, out)
+                g += 2
+            else:
+                values1(weights, rows, ahead, groups, call.head_dim, fades, shares, columns, out)
+                g += 1
+            ahead = rows
+
+    return scores_of, values_of
 
 
 def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last)`."""
     lanes, pack, tile = machine.lanes, form.pack, form.tile
-    columns_at_once = machine.columns
-    query_digits, weight_digits = form.query_digits, form.weight_digits
-    integer, itemsize = form.integer, form.itemsize
-    pack_keys, pack_values = tiles["pack_keys"].external, tiles["pack_values"].external
-    combine, weigh, fold = (tiles[name].external for name in ("combine", "weigh", "fold"))
-    score_products, value_products = (
-        _products(*(tiles[f"dot_{what}{rows}"].external for rows in DOT_ROWS)) for what in ("scores", "values")
-    )
+    query_digits, integer, itemsize = form.query_digits, form.integer, form.itemsize
+    weigh = tiles["weigh"].external
+    scores_of, values_of = _by_heads(form, machine, tiles)
 
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
-        """The queries of a unit of heads as A, and their state before the first tile."""
+        """The queries of a unit of heads as digits, and their state before the first tile."""
         length = up(call.head_dim, lanes * pack) // pack
-        columns = up(call.head_dim, lanes * pack)
         scale = load_float32(call.scale + 4 * b)
         for i in range(call.unit_heads * call.group):
             query = call.query + 4 * call.head_dim * ((b * call.heads + first_head) * call.group + i)
-            a = s.a + 4 * length * query_digits * i
+            a = s.query + 4 * length * query_digits * i
             for j in range(length * query_digits):
                 store_int32(a + 4 * j, 0)
             if integer:
@@ -106,26 +135,21 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                     total += x * F(0)  # NaN if the query holds a NaN or an infinity
                 step = max(largest, F(1e-30)) / LARGEST_QUERY + total
                 inverse = F(1) / step
-                sum0, sum1, sum2 = 0, 0, 0
+                initial = s.initial + 4 * lanes * query_digits * i
+                for j in range(lanes * query_digits):
+                    store_int32(initial + 4 * j, 0)
                 for d in range(call.head_dim):
                     x = load_float32(query + 4 * d) * inverse
                     whole = 0
                     if abs(x) <= LARGEST_QUERY + F(2):  # not NaN
                         whole = np.int64(np.rint(x))
-                    low = ((whole + 128) & 255) - 128
-                    whole = (whole - low) >> 8
-                    middle = ((whole + 128) & 255) - 128
-                    high = (whole - middle) >> 8
-                    store_byte(a + d, high)
-                    store_byte(a + 4 * length + d, middle)
-                    store_byte(a + 8 * length + d, low)
-                    sum0 += high
-                    sum1 += middle
-                    sum2 += low
-                # The keys are raised by 128 to be unsigned: this takes it back.
-                store_int32(s.initial + 12 * i, -128 * sum0)
-                store_int32(s.initial + 12 * i + 4, -128 * sum1)
-                store_int32(s.initial + 12 * i + 8, -128 * sum2)
+                    for digit in range(query_digits - 1, -1, -1):
+                        low = ((whole + 128) & 255) - 128
+                        whole = (whole - low) >> 8
+                        store_byte(a + 4 * length * digit + d, low)
+                        # The keys are raised by 128 to be unsigned: this takes it back, in the lane of this element.
+                        place = initial + 4 * (lanes * digit + d // pack % lanes)
+                        store_int32(place, load_int32(place) - 128 * low)
                 store_float32(s.weight + 4 * i, scale * step)
             else:
                 for d in range(call.head_dim):
@@ -135,49 +159,15 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                     else:
                         store_float32(a + 4 * d, x)
                 store_float32(s.weight + 4 * i, scale)
-            state = s.state + 4 * (columns + 2) * i
-            for d in range(columns):
-                store_float32(state + 4 * d, F(0))
-            store_float32(state + 4 * columns, MINUS_INFINITY)
-            store_float32(state + 4 * columns + 4, F(0))
+        columns = up(call.head_dim, lanes * pack)
+        size = head_state(call, lanes, pack)
+        for i in range(call.unit_heads * size // 4):
+            store_int32(s.state + 4 * i, 0)
+        for h in range(call.unit_heads):
+            for g in range(call.group):
+                store_float32(s.state + size * h + 4 * (call.group * columns + g), MINUS_INFINITY)
         for i in range(up(itemsize * call.head_dim, 16)):
             store_byte(s.zeros + i, 0)
-
-    @native
-    def plan_fetching(call, s, ahead, blocks, groups):  # type: ignore[no-untyped-def]
-        """Begin with the rows of the next step; how many lines a square of keys and a strip of values are to fetch.
-
-        The products fetch a line a step, and what they leave is for the packing, in equal parts for keys and values.
-        """
-        size = itemsize * call.head_dim
-        store_int64(s.plan, ahead)
-        store_int64(s.plan + 8, 2 * tile - 1)
-        store_int64(s.plan + 16, size)
-        store_int64(s.plan + 24, 0)
-        store_int64(s.plan + 32, 0)
-        length = (call.head_dim + pack - 1) // pack
-        parts = (call.head_dim + lanes * pack - 1) // (lanes * pack)
-        width = (call.head_dim + lanes - 1) // lanes
-        steps = length * ((blocks + columns_at_once - 1) // columns_at_once) * ((call.group * query_digits + 3) // 4)
-        steps += groups * ((width + columns_at_once - 1) // columns_at_once) * ((call.group * weight_digits + 3) // 4)
-        half = max(0, 2 * tile * ((size + LINE - 1) // LINE) - steps + 1) // 2
-        return (half + blocks * parts - 1) // (blocks * parts), (half + groups * parts - 1) // (groups * parts)
-
-    @native
-    def products_of_scores(call, s, h, blocks):  # type: ignore[no-untyped-def]
-        length = (call.head_dim + pack - 1) // pack
-        stride = up(call.head_dim, lanes * pack) // pack
-        rows = call.group * query_digits
-        a, initial = s.a + 4 * stride * rows * h, s.initial + 4 * rows * h
-        score_products(rows, a, stride, s.packed, tile, length, blocks, initial, 4, s.product, tile, s.plan)
-
-    @native
-    def products_of_values(call, s, groups):  # type: ignore[no-untyped-def]
-        columns, stride = up(call.head_dim, lanes * pack), tile // pack
-        rows, blocks = call.group * weight_digits, (call.head_dim + lanes - 1) // lanes
-        value_products(
-            rows, s.weights, stride, s.packed, columns, groups, blocks, s.zeros, 0, s.product, columns, s.plan
-        )
 
     @native
     def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
@@ -202,7 +192,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                 continue
             counts = False
             for g in range(call.group):
-                top = load_float32(s.factors + 12 * g + 8)
+                top = load_float32(s.factors + 4 * g)
                 counts = counts or load_float32(s.scores + 4 * (tile * g + i)) - top >= F(EXP_UNDERFLOWS)
             if not counts:
                 store_int64(rows + 8 * i, s.zeros)
@@ -218,50 +208,16 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     @native
     def advance(call, s, rows, ahead, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
         """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit."""
-        head = first_head + h
-        blocks = (count + lanes - 1) // lanes
-        columns = up(call.head_dim, lanes * pack)
         values = rows + 8 * tile
-        groups = (count + pack - 1) // pack
-        key_lines, value_lines = plan_fetching(call, s, ahead, blocks, groups)
-        pack_keys(rows, s.plan, key_lines, blocks, call.head_dim, s.packed)
-        products_of_scores(call, s, h, blocks)
-        for g in range(call.group):
-            scores = s.scores + 4 * tile * g
-            weight = load_float32(s.weight + 4 * (h * call.group + g))
-            combine(s.product + 4 * tile * query_digits * g, tile, blocks, weight, scores)
-            for i in range(count, tile):
-                store_float32(scores + 4 * i, MINUS_INFINITY)
+        scores_of(call, s, rows, ahead, h, count)
         if call.bias != 0 or call.mask != 0:
-            add_bias_and_mask(call, s, b, head, first, count)
-        stride = tile // pack
-        for g in range(call.group):
-            summary = s.factors + 12 * g
-            weigh(s.scores + 4 * tile * g, s.weights + 4 * stride * weight_digits * g, stride, summary)
-            top, total = load_float32(summary), load_float32(summary + 4)
-            state = s.state + 4 * ((columns + 2) * (h * call.group + g) + columns)
-            old_top, old_total = load_float32(state), load_float32(state + 4)
-            new_top = max(old_top, top)
-            fade = np.exp(old_top - new_top) if old_total != F(0) else F(0)
-            share = np.exp(top - new_top) if total != F(0) else F(0)
-            store_float32(state, new_top)
-            store_float32(state + 4, old_total * fade + total * share)
-            store_float32(s.factors + 12 * g, fade)
-            store_float32(s.factors + 12 * g + 4, share)
-            store_float32(s.factors + 12 * g + 8, top)
+            add_bias_and_mask(call, s, b, first_head + h, first, count)
+        state = s.state + head_state(call, lanes, pack) * h
+        sums = state + 4 * call.group * up(call.head_dim, lanes * pack)
+        weigh(call.group, count, s.scores, s.weights, s.factors, sums)
         if call.mask != 0:
             drop_masked_rows(call, s, values, b, first, count)
-        pack_values(values, s.plan, value_lines, groups, call.head_dim, columns, s.packed)
-        products_of_values(call, s, groups)
-        for g in range(call.group):
-            fold(
-                s.product + 4 * columns * weight_digits * g,
-                columns,
-                (call.head_dim + lanes - 1) // lanes,
-                load_float32(s.factors + 12 * g),
-                load_float32(s.factors + 12 * g + 4),
-                s.state + 4 * (columns + 2) * (h * call.group + g),
-            )
+        values_of(call, s, values, ahead + 8 * tile, state, count)
 
     @native
     def stream(call, s, b, unit, first, last):  # type: ignore[no-untyped-def]

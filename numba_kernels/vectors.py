@@ -20,6 +20,7 @@ F16, F32 = ir.HalfType(), ir.FloatType()
 EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.428606820309417e-06
 EXP_UNDERFLOWS = -87.3  # below this exp(x) is not a normal float32
+LINE = 64  # bytes of a cache line
 PREFETCH_LOCALITY = 2  # of llvm.prefetch: the second-level cache, which has room, and more fetches under way
 
 
@@ -35,12 +36,11 @@ class Vectors:
         """The same value in every lane."""
         return ir.Constant(kind, [value] * kind.count)
 
-    def splat(self, scalar: ir.Value) -> ir.Value:
-        """A scalar in every lane."""
-        kind = ir.VectorType(scalar.type, self.lanes)
+    def splat(self, scalar: ir.Value, count: int = 0) -> ir.Value:
+        """A scalar in every lane of a vector, or of one of `count` lanes."""
+        kind = ir.VectorType(scalar.type, count or self.lanes)
         first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
-        zeros = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
+        return self.shuffle(first, ir.Constant(kind, ir.Undefined), [0] * kind.count)
 
     def address(self, base: ir.Value, index: ir.Value | int, size: int) -> ir.Value:
         """base + index * size, in bytes."""
@@ -59,11 +59,8 @@ class Vectors:
         """The first `count` elements at an address, and zeros: nothing behind them is read."""
         name = f"llvm.masked.load.v{kind.count}{_suffix(kind.element)}.p0"
         mask_kind = ir.VectorType(ir.IntType(1), kind.count)
-        wide = ir.VectorType(I64, kind.count)
-        whole = self.builder.insert_element(ir.Constant(wide, ir.Undefined), count, ir.Constant(I32, 0))
-        zeros = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
-        whole = self.builder.shuffle_vector(whole, ir.Constant(wide, ir.Undefined), zeros)
-        mask = self.builder.icmp_signed("<", ir.Constant(wide, list(range(kind.count))), whole)
+        places = ir.Constant(ir.VectorType(I64, kind.count), list(range(kind.count)))
+        mask = self.builder.icmp_signed("<", places, self.splat(count, kind.count))
         pointer = self.builder.inttoptr(address, kind.as_pointer())
         function = self.function(name, kind, (pointer.type, I32, mask_kind, kind))
         return self.builder.call(function, (pointer, ir.Constant(I32, 1), mask, ir.Constant(kind, None)))
@@ -74,6 +71,12 @@ class Vectors:
         function = self.function("llvm.prefetch.p0", ir.VoidType(), (pointer.type, I32, I32, I32))
         read, keep, data = (ir.Constant(I32, x) for x in (0, PREFETCH_LOCALITY, 1))
         self.builder.call(function, (pointer, read, keep, data))
+
+    def prefetch_all(self, rows: Sequence[ir.Value], offset: ir.Value, size: int) -> None:
+        """Have `size` bytes from an offset on of every row fetched."""
+        for begin in range(0, size, LINE):
+            for row in rows:
+                self.prefetch(self.address(self.builder.add(row, offset), begin, 1))
 
     def function(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
         """An LLVM intrinsic."""
@@ -86,20 +89,19 @@ class Vectors:
         suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         return self.builder.call(self.function(f"llvm.{name}.{suffix}", kind, [kind] * len(values)), values)
 
-    def reduce(self, combine: str, vector: ir.Value) -> ir.Value:
-        """All lanes into one, by halves: `combine` is "maxnum" or "fadd"."""
-        count = vector.type.count
-        while count > 1:
-            count //= 2
-            halves = [
-                self.builder.shuffle_vector(
-                    vector,
-                    ir.Constant(vector.type, ir.Undefined),
-                    ir.Constant(ir.VectorType(I32, count), list(range(begin, begin + count))),
-                )
-                for begin in (0, count)
-            ]
-            vector = self.builder.fadd(*halves) if combine == "fadd" else self.float_function(combine, *halves)
+    def reduce(self, combine: str, vectors: Sequence[ir.Value]) -> ir.Value:
+        """All lanes of all vectors into one, by halves: `combine` is "maxnum" or "fadd"."""
+
+        def both(a: ir.Value, b: ir.Value) -> ir.Value:
+            return self.builder.fadd(a, b) if combine == "fadd" else self.float_function(combine, a, b)
+
+        rows = list(vectors)
+        while len(rows) > 1:
+            rows = [both(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        (vector,) = rows
+        while (count := vector.type.count) > 1:
+            halves = range(count // 2), range(count // 2, count)
+            vector = both(*(self.shuffle(vector, vector, half) for half in halves))
         return self.builder.extract_element(vector, ir.Constant(I32, 0))
 
     def dot(self, total: ir.Value, a: ir.Value, b: ir.Value, pack: int, unsigned: str) -> ir.Value:
@@ -135,25 +137,95 @@ class Vectors:
         """Elements of a and b, counted through both."""
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(indices)), list(indices)))
 
-    def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """A square of `lanes` vectors, turned."""
-        rows, n, step = list(rows), self.lanes, 1
-        while step < n:
-            for i in range(n):
-                if i & step:
-                    continue
-                a, b = rows[i], rows[i + step]
-                low = [x if not x & step else n + (x ^ step) for x in range(n)]
-                high = [x + step if not x & step else n + x for x in range(n)]
-                rows[i], rows[i + step] = self.shuffle(a, b, low), self.shuffle(a, b, high)
-            step *= 2
-        return rows
+    def interleave(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """1, 2 or 4 vectors of elements, as vectors whose lanes hold one element of each.
 
-    def interleave(self, a: ir.Value, b: ir.Value) -> list[ir.Value]:
-        """a0 b0 a1 b1 ..., as two vectors."""
+        Every 128 bits by themselves, which processors do faster: `in_order` puts sums of such vectors right.
+        """
+        if len(rows) == 1:
+            return [self.as_ints(rows[0])]
+        bits = 32 // len(rows)
+        zipped = [list(rows)]
+        while len(zipped[0]) > 1:
+            kind = ir.VectorType(ir.IntType(bits), 32 // bits * self.lanes)
+            zipped = [
+                [
+                    self._zip(self.builder.bitcast(a, kind), self.builder.bitcast(b, kind), 128 // bits)[half]
+                    for a, b in zip(parts[::2], parts[1::2], strict=True)
+                ]
+                for parts in zipped
+                for half in (0, 1)
+            ]
+            bits *= 2
+        return [self.as_ints(x) for (x,) in zipped]
+
+    def _zip(self, a: ir.Value, b: ir.Value, block: int) -> list[ir.Value]:
+        """a0 b0 a1 b1 ... of the first halves of all blocks of so many elements, and of their second halves."""
         n = a.type.count
-        both = [x for i in range(n) for x in (i, n + i)]
-        return [self.shuffle(a, b, both[:n]), self.shuffle(a, b, both[n:])]
+        return [
+            self.shuffle(
+                a,
+                b,
+                [
+                    x
+                    for at in range(0, n, block)
+                    for i in range(block // 2)
+                    for x in (at + begin + i, n + at + begin + i)
+                ],
+            )
+            for begin in (0, block // 2)
+        ]
+
+    def in_order(self, sums: Sequence[ir.Value]) -> list[ir.Value]:
+        """Vectors of lanes that belong to the elements of `interleave`'s vectors, in the elements' own order."""
+        n = self.lanes
+        if len(sums) == 1 or n == 4:
+            return list(sums)
+
+        def alternate(a: ir.Value, b: ir.Value, size: int) -> list[ir.Value]:
+            if size == n:
+                return [a, b]
+            both = [x for at in range(0, n, size) for start in (at, n + at) for x in range(start, start + size)]
+            return [self.shuffle(a, b, both[:n]), self.shuffle(a, b, both[n:])]
+
+        if len(sums) == 2:
+            return alternate(sums[0], sums[1], 4)
+        first, second = alternate(sums[0], sums[1], 4), alternate(sums[2], sums[3], 4)
+        return [x for a, b in zip(first, second, strict=True) for x in alternate(a, b, 8)]
+
+    def sums(self, vectors: Sequence[ir.Value]) -> ir.Value:
+        """The sums of the lanes of 4 to `lanes` vectors, a power of two, as the lanes of one vector."""
+        n, rows = self.lanes, list(vectors)
+
+        def add(a: ir.Value, b: ir.Value, first: list[int], second: list[int]) -> ir.Value:
+            return self.builder.fadd(self.shuffle(a, b, first), self.shuffle(a, b, second))
+
+        def pairs(first: list[int], second: list[int]) -> list[ir.Value]:
+            return [add(a, b, first, second) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+
+        # Within each 128 bits while that is possible, which processors do faster; then halves of groups of these.
+        blocks = range(0, n, 4)
+        rows = pairs(
+            [x for i in blocks for x in (i, n + i, i + 1, n + i + 1)],
+            [x for i in blocks for x in (i + 2, n + i + 2, i + 3, n + i + 3)],
+        )
+        rows = pairs(
+            [x for i in blocks for x in (i, i + 1, n + i, n + i + 1)],
+            [x for i in blocks for x in (i + 2, i + 3, n + i + 2, n + i + 3)],
+        )
+        group = n  # lanes that hold parts of the same four sums
+        while group > 4:
+            half = group // 2
+            starts = range(0, n, group)
+            halves = [[at + begin + i for at in starts for i in range(half)] for begin in (0, half)]
+            if len(rows) > 1:
+                rows = pairs(*([*one, *(n + i for i in one)] for one in halves))
+            else:
+                rows = [add(rows[0], rows[0], *halves)]
+                n //= 2
+            group = half
+        (total,) = rows
+        return total
 
     def exp(self, x: ir.Value) -> ir.Value:
         """exp of float32 lanes, at most 0 each; 0 where it underflows, NaN of NaN."""
@@ -179,16 +251,18 @@ class Vectors:
         bits = self.builder.zext(self.builder.bitcast(half, ir.VectorType(I16, self.lanes)), self.ints)
         return half, self.builder.fsub(x, self.as_floats(self.builder.shl(bits, self.constant(self.ints, 16))))
 
-    def load_lanes(self, form: Format, address: ir.Value, count: ir.Value | None) -> ir.Value:
+    def load_lanes(self, form: Format, address: ir.Value, index: int, count: ir.Value | None) -> ir.Value:
         """`lanes` lanes of a row of the cache, as `form` has them.
 
         Args:
           form: how.
-          address: of the first element.
+          address: in the row.
+          index: of the vector, counted from the address on.
           count: elements there are, where fewer than fill the lanes; the rest is then 0. None: as many.
         """
         builder, elements = self.builder, self.lanes * form.pack
         kind = ir.VectorType({1: I8, 2: I16, 4: F32}[form.itemsize], elements)
+        address = self.address(address, index, elements * form.itemsize)
         raw = self.load(address, kind) if count is None else self.load_first(address, kind, count)
         if form.pack > 1 or form.dtype == "float32":
             return self.as_ints(raw)
