@@ -23,7 +23,7 @@ from numba_kernels.native import (
     store_int64,
     up,
 )
-from numba_kernels.tiles import Tile, heads_at_once, positions_at_once
+from numba_kernels.tiles import Tile
 from numba_kernels.vectors import EXP_UNDERFLOWS
 
 F = np.float32
@@ -53,68 +53,11 @@ def set_rows(call: Call, pages, num_pages, table, b, head, first, count, room, z
         store_int64(rows + 8 * i, zeros)
 
 
-def _by_heads(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
-    """The steps `scores` and `values` of all heads of a group, a few at a time."""
-    lanes, pack, tile = machine.lanes, form.pack, form.tile
-    query_digits, weight_digits = form.query_digits, form.weight_digits
-    at_once = heads_at_once(form, machine)
-    # As many as the tiles can do at once, for a Numba function whose branches are known when it is compiled.
-    most = at_once[0]
-    scores1, scores2, scores4 = (tiles[f"scores{min(heads, most)}"].external for heads in (1, 2, 4))
-    values1, values2, values4 = (tiles[f"values{min(heads, most)}"].external for heads in (1, 2, 4))
-    positions1, positions2, positions4 = (positions_at_once(form, machine, heads) for heads in (1, 2, 4))
-
-    @native
-    def scores_of(call, s, rows, ahead, h, count):  # type: ignore[no-untyped-def]
-        stride = 4 * (up(call.head_dim, lanes * pack) // pack)
-        g = 0
-        while g < call.group:
-            first = h * call.group + g
-            query, initial = s.query + stride * query_digits * first, s.initial + 4 * lanes * query_digits * first
-            weight, out = s.weight + 4 * first, s.scores + 4 * tile * g
-            if most >= 4 and g + 4 <= call.group:
-                blocks = (count + positions4 - 1) // positions4
-                scores4(query, stride, initial, rows, ahead, blocks, call.head_dim, weight, out)
-                g += 4
-            elif most >= 2 and g + 2 <= call.group:
-                blocks = (count + positions2 - 1) // positions2
-                scores2(query, stride, initial, rows, ahead, blocks, call.head_dim, weight, out)
-                g += 2
-            else:
-                blocks = (count + positions1 - 1) // positions1
-                scores1(query, stride, initial, rows, ahead, blocks, call.head_dim, weight, out)
-                g += 1
-            ahead = rows  # fetched once is enough
-
-    @native
-    def values_of(call, s, rows, ahead, state, count):  # type: ignore[no-untyped-def]
-        columns, groups = up(call.head_dim, lanes * pack), (count + pack - 1) // pack
-        padded = up(call.group, lanes)
-        g = 0
-        while g < call.group:
-            weights = s.weights + 4 * (tile // pack) * weight_digits * g
-            fades, shares = s.factors + 4 * (2 * padded + g), s.factors + 4 * (3 * padded + g)
-            out = state + 4 * columns * g
-            if most >= 4 and g + 4 <= call.group:
-                values4(weights, rows, ahead, groups, call.head_dim, fades, shares, columns, out)
-                g += 4
-            elif most >= 2 and g + 2 <= call.group:
-                values2(weights, rows, ahead, groups, call.head_dim, fades, shares, columns, out)
-                g += 2
-            else:
-                values1(weights, rows, ahead, groups, call.head_dim, fades, shares, columns, out)
-                g += 1
-            ahead = rows
-
-    return scores_of, values_of
-
-
 def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last)`."""
     lanes, pack, tile = machine.lanes, form.pack, form.tile
     query_digits, integer, itemsize = form.query_digits, form.integer, form.itemsize
-    weigh = tiles["weigh"].external
-    scores_of, values_of = _by_heads(form, machine, tiles)
+    score, weigh, add_values = (tiles[name].external for name in ("scores", "weigh", "values"))
 
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
@@ -208,16 +151,19 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     @native
     def advance(call, s, rows, ahead, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
         """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit."""
-        values = rows + 8 * tile
-        scores_of(call, s, rows, ahead, h, count)
+        values, group, head_dim = rows + 8 * tile, call.group, call.head_dim
+        columns, padded = up(head_dim, lanes * pack), up(group, lanes)
+        query = s.query + 4 * (columns // pack) * query_digits * group * h
+        initial = s.initial + 4 * lanes * query_digits * group * h
+        score(group, query, initial, s.weight + 4 * group * h, s.scores, rows, ahead, count, head_dim)
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
         state = s.state + head_state(call, lanes, pack) * h
-        sums = state + 4 * call.group * up(call.head_dim, lanes * pack)
-        weigh(call.group, count, s.scores, s.weights, s.factors, sums)
+        weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns)
         if call.mask != 0:
             drop_masked_rows(call, s, values, b, first, count)
-        values_of(call, s, values, ahead + 8 * tile, state, count)
+        fades, shares = s.factors + 8 * padded, s.factors + 12 * padded
+        add_values(group, s.weights, fades, shares, state, values, ahead + 8 * tile, count, head_dim)
 
     @native
     def stream(call, s, b, unit, first, last):  # type: ignore[no-untyped-def]

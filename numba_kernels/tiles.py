@@ -46,17 +46,18 @@ class Tile(NamedTuple):
 
 
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
-    """All of them, by name, for one format on one machine."""
-    found = [_weigh(form)]
-    for heads in heads_at_once(form, machine):
-        found += [_scores(form, machine, heads), _values(form, machine, heads)]
-    return {tile.name: tile for tile in found}
+    """All of them, by name, for one format on one machine; what others call comes first."""
+    tiles = [_weigh(form)]
+    for name, kind in (("scores", _scores), ("values", _values)):
+        parts = {heads: kind(form, machine, heads) for heads in _heads_at_once(form, machine)}
+        tiles += [*parts.values(), _for_a_group(name, form, parts)]
+    return {tile.name: tile for tile in tiles}
 
 
-def heads_at_once(form: Format, machine: Machine) -> list[int]:
-    """The numbers of query heads that `scores` and `values` are made for, largest first; 1 is among them."""
-    most = machine.registers // 16 if form.integer else 4
-    return [heads for heads in (4, 2, 1) if heads <= most]
+def _heads_at_once(form: Format, machine: Machine) -> list[int]:
+    """The numbers of query heads that `scores` and `values` are made for, largest first."""
+    most = machine.registers // (16 if form.integer else 4)
+    return [heads for heads in (8, 4, 2, 1) if heads <= most]
 
 
 def module_of(tiles: dict[str, Tile], machine: Machine) -> ir.Module:
@@ -68,6 +69,47 @@ def module_of(tiles: dict[str, Tile], machine: Machine) -> ir.Module:
         tile.body(Vectors(builder, machine), *function.args)
         builder.ret(ir.Constant(I64, 0))
     return module
+
+
+def _for_a_group(name: str, form: Format, parts: dict[int, Tile]) -> Tile:
+    """(group, *what a part takes): the step `name` for all heads of a group, in parts of so many heads.
+
+    Of what a part takes, the first four are moved on from part to part; see `_strides`. The next tile is fetched once.
+    """
+
+    def body(v: Vectors, group: Any, *arguments: Any) -> None:
+        builder = v.builder
+        *moving, rows, ahead, count, head_dim = arguments
+        strides = _strides(name, v, form, head_dim)
+        done, next_ = cgutils.alloca_once_value(builder, ir.Constant(I64, 0)), cgutils.alloca_once_value(builder, ahead)
+        for heads, part in parts.items():
+            times = builder.udiv(builder.sub(group, builder.load(done)), ir.Constant(I64, heads))
+            with v.loop(times):
+                first = builder.load(done)
+                moved = [builder.add(x, builder.mul(first, stride)) for x, stride in zip(moving, strides, strict=True)]
+                function = builder.module.get_global(part.name)
+                builder.call(function, (*moved, rows, builder.load(next_), count, head_dim))
+                builder.store(builder.add(first, ir.Constant(I64, heads)), done)
+                builder.store(rows, next_)
+
+    return Tile(name, 9, body)
+
+
+def _strides(name: str, v: Vectors, form: Format, head_dim: ir.Value) -> list[ir.Value]:
+    """Bytes from a head to the next in the first four arguments of a step."""
+    padded = _padded(v, form, head_dim)
+    if name == "scores":
+        query = v.builder.mul(padded, ir.Constant(I64, 4 // form.pack * form.query_digits))
+        return [query, *(ir.Constant(I64, x) for x in (4 * v.lanes * form.query_digits, 4, 4 * form.tile))]
+    weights = 4 * form.weight_digits * (form.tile // form.pack)
+    return [*(ir.Constant(I64, x) for x in (weights, 4, 4)), v.builder.mul(padded, ir.Constant(I64, 4))]
+
+
+def _padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
+    """D, rounded up to whole vectors of the cache's elements."""
+    size = ir.Constant(I64, v.lanes * form.pack)
+    more = v.builder.add(head_dim, ir.Constant(I64, v.lanes * form.pack - 1))
+    return v.builder.mul(v.builder.udiv(more, size), size)
 
 
 def _walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable[..., None]) -> None:
@@ -91,18 +133,20 @@ def _walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callabl
 
 
 def _scores(form: Format, machine: Machine, heads: int) -> Tile:
-    """(query, stride, initial, rows, ahead, blocks, head_dim, weights, out): scores of `heads` query heads.
+    """(query, initial, weights, out, rows, ahead, count, head_dim): scores of `heads` query heads.
 
-    `query` holds their digits, each a row of `stride` bytes; `initial` a vector for each, from which an integer sum
-    starts. `rows` and `ahead` hold the addresses of a tile's keys and the next one's. A block is as many positions as
-    there are registers for. `weights` is a float32 for each head; `out` is (heads, T) float32.
+    `query` holds their digits, each a padded row; `initial` a vector for each, from which an integer sum starts;
+    `weights` a float32 for each head; `out` is (heads, T) float32. `rows` and `ahead` hold the addresses of a tile's
+    keys, of which `count` count, and the next one's.
     """
     digits = form.query_digits
-    positions = positions_at_once(form, machine, heads)
+    positions = machine.registers // (4 if form.integer else 2) // heads  # for these, sums fill the registers
 
-    def body(v: Vectors, query: Any, stride: Any, initial: Any, rows: Any, ahead: Any, *rest: Any) -> None:
-        blocks, head_dim, weights, out = rest
+    def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, *rest: Any) -> None:
+        rows, ahead, count, head_dim = rest
         builder, size = v.builder, 4 * v.lanes
+        blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
+        stride = builder.mul(_padded(v, form, head_dim), ir.Constant(I64, 4 // form.pack))
         kind = v.ints if form.integer else v.floats
         queries = [builder.add(query, builder.mul(stride, ir.Constant(I64, i))) for i in range(heads * digits)]
         totals = [[cgutils.alloca_once(builder, kind) for _ in range(positions)] for _ in queries]
@@ -151,12 +195,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                     line = v.address(out, h * form.tile + p, 4)
                     v.store(part, v.address(line, first_position, 4))
 
-    return Tile(f"scores{heads}", 9, body)
-
-
-def positions_at_once(form: Format, machine: Machine, heads: int) -> int:
-    """The positions of a block of `scores`: for these, sums and keys fill the registers."""
-    return machine.registers // (4 if form.integer else 2) // heads
+    return Tile(f"scores{heads}", 8, body)
 
 
 def _digits_together(v: Vectors, form: Format, digits: list[ir.Value]) -> ir.Value:
@@ -242,20 +281,22 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
 
 
 def _values(form: Format, machine: Machine, heads: int) -> Tile:
-    """(weights, rows, ahead, groups, head_dim, fades, shares, columns, out): the outputs of `heads` query heads.
+    """(weights, fades, shares, out, rows, ahead, count, head_dim): the outputs of `heads` query heads.
 
-    `weights`, `fades` and `shares` are as `weigh` leaves them, from the first of the heads on; `rows` and `ahead` hold
-    the addresses of a tile's values and the next one's, `groups` is how many times `pack` of them. `out` is (heads,
-    columns) float32. A factor of 0 forgets even a NaN.
+    The first three are as `weigh` leaves them, from the first of the heads on; `out` is (heads, D padded) float32.
+    `rows` and `ahead` hold the addresses of a tile's values, of which `count` count, and the next one's. A factor of 0
+    forgets even a NaN.
     """
     digits, tile_lanes = form.weight_digits, form.tile // form.pack
     sums = digits if form.integer else 1  # digits that are floats are summed as one
-    wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.pack)
+    wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.pack)  # vectors of a row
 
-    def body(v: Vectors, weights: Any, rows: Any, ahead: Any, groups: Any, head_dim: Any, *rest: Any) -> None:
-        fades, shares, columns, out = rest
+    def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, *rest: Any) -> None:
+        rows, ahead, positions, head_dim = rest
         builder, size = v.builder, 4 * v.lanes
         kind = v.ints if form.integer else v.floats
+        columns = _padded(v, form, head_dim)
+        groups = builder.udiv(builder.add(positions, ir.Constant(I64, form.pack - 1)), ir.Constant(I64, form.pack))
 
         def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
             offset = builder.mul(first, ir.Constant(I64, form.itemsize))
@@ -306,4 +347,4 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
 
         _walk(v, form, head_dim, wide, step)
 
-    return Tile(f"values{heads}", 9, body)
+    return Tile(f"values{heads}", 8, body)
