@@ -83,6 +83,21 @@ def fetch_add(context: Any, address: Any, amount: Any) -> Any:
     return INT(INT, INT), generate
 
 
+@intrinsic
+def fetch(context: Any, address: Any) -> Any:
+    """Have what lies at an address fetched into the processor's cache; any address will do."""
+    del context
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, values: Any) -> ir.Value:
+        pointer = builder.inttoptr(values[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, *[ir.IntType(32)] * 3])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, (pointer, *(ir.Constant(ir.IntType(32), x) for x in (0, 2, 1))))
+        return values[0]
+
+    return INT(INT), generate
+
+
 allocate = types.ExternalFunction("malloc", INT(INT))
 release = types.ExternalFunction("free", INT(INT))  # the answer has no meaning
 give_way = types.ExternalFunction("sched_yield", types.int32())

@@ -12,6 +12,7 @@ from numba_kernels.call import Call, bias_at, head_state
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 from numba_kernels.native import (
+    fetch,
     load_byte,
     load_float32,
     load_int32,
@@ -29,6 +30,7 @@ from numba_kernels.vectors import EXP_UNDERFLOWS
 F = np.float32
 MINUS_INFINITY = F(-np.inf)
 MASKED = F(MASK_VALUE)
+MEMORY_PAGE = 4096  # bytes, at least
 # Of three digits, the highest of 127: what is left of a float32 query is below its own last place.
 LARGEST_QUERY = F(127 * 2**16 + 127 * 2**8)
 
@@ -46,6 +48,9 @@ def set_rows(call: Call, pages, num_pages, table, b, head, first, count, room, z
         inside = t % call.page_size
         here = min(count - done, call.page_size - inside)
         address = pages + page * call.page_stride + head * call.head_stride + inside * call.row_stride
+        # The first access to a page of memory waits for its translation: all of a tile are asked for at once.
+        for offset in range(0, here * call.row_stride, MEMORY_PAGE):
+            fetch(address + offset)  # type: ignore[call-arg]
         for i in range(here):
             store_int64(rows + 8 * (done + i), address + i * call.row_stride)
         done += here
@@ -58,6 +63,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     lanes, pack, tile = machine.lanes, form.pack, form.tile
     query_digits, integer, itemsize = form.query_digits, form.integer, form.itemsize
     score, weigh, add_values = (tiles[name].external for name in ("scores", "weigh", "values"))
+    pack_keys = tiles["pack_keys"].external if integer else None
 
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
@@ -78,9 +84,9 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                     total += x * F(0)  # NaN if the query holds a NaN or an infinity
                 step = max(largest, F(1e-30)) / LARGEST_QUERY + total
                 inverse = F(1) / step
-                initial = s.initial + 4 * lanes * query_digits * i
-                for j in range(lanes * query_digits):
-                    store_int32(initial + 4 * j, 0)
+                initial = s.initial + 4 * query_digits * i
+                for digit in range(query_digits):
+                    store_int32(initial + 4 * digit, 0)
                 for d in range(call.head_dim):
                     x = load_float32(query + 4 * d) * inverse
                     whole = 0
@@ -90,8 +96,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                         low = ((whole + 128) & 255) - 128
                         whole = (whole - low) >> 8
                         store_byte(a + 4 * length * digit + d, low)
-                        # The keys are raised by 128 to be unsigned: this takes it back, in the lane of this element.
-                        place = initial + 4 * (lanes * digit + d // pack % lanes)
+                        place = initial + 4 * digit  # what the keys are raised by is taken back
                         store_int32(place, load_int32(place) - 128 * low)
                 store_float32(s.weight + 4 * i, scale * step)
             else:
@@ -154,8 +159,12 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         values, group, head_dim = rows + 8 * tile, call.group, call.head_dim
         columns, padded = up(head_dim, lanes * pack), up(group, lanes)
         query = s.query + 4 * (columns // pack) * query_digits * group * h
-        initial = s.initial + 4 * lanes * query_digits * group * h
-        score(group, query, initial, s.weight + 4 * group * h, s.scores, rows, ahead, count, head_dim)
+        initial = s.initial + 4 * query_digits * group * h
+        keys = rows
+        if integer:
+            keys = s.packed
+            pack_keys(rows, count, head_dim, keys)
+        score(group, query, initial, s.weight + 4 * group * h, s.scores, keys, ahead, count, head_dim)
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
         state = s.state + head_state(call, lanes, pack) * h

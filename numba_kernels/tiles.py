@@ -47,8 +47,8 @@ class Tile(NamedTuple):
 
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
     """All of them, by name, for one format on one machine; what others call comes first."""
-    tiles = [_weigh(form)]
-    for name, kind in (("scores", _scores), ("values", _values)):
+    tiles = [_weigh(form)] + ([_pack_keys(form)] if form.integer else [])
+    for name, kind in (("scores", _packed_scores if form.integer else _scores), ("values", _values)):
         parts = {heads: kind(form, machine, heads) for heads in _heads_at_once(form, machine)}
         tiles += [*parts.values(), _for_a_group(name, form, parts)]
     return {tile.name: tile for tile in tiles}
@@ -74,23 +74,30 @@ def module_of(tiles: dict[str, Tile], machine: Machine) -> ir.Module:
 def _for_a_group(name: str, form: Format, parts: dict[int, Tile]) -> Tile:
     """(group, *what a part takes): the step `name` for all heads of a group, in parts of so many heads.
 
-    Of what a part takes, the first four are moved on from part to part; see `_strides`. The next tile is fetched once.
+    Of what a part takes, the first four are moved on from part to part; see `_strides`. Instead of the rows to be
+    fetched a part takes the place where the last one stopped, and how many parts there are to share the fetching.
     """
 
     def body(v: Vectors, group: Any, *arguments: Any) -> None:
         builder = v.builder
         *moving, rows, ahead, count, head_dim = arguments
         strides = _strides(name, v, form, head_dim)
-        done, next_ = cgutils.alloca_once_value(builder, ir.Constant(I64, 0)), cgutils.alloca_once_value(builder, ahead)
+        done = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
+        place = builder.ptrtoint(cgutils.alloca_once(builder, I64, 2), I64)
+        v.store(ahead, place)
+        v.store(ir.Constant(I64, 0), v.address(place, 1, 8))
+        sharing, left = ir.Constant(I64, 0), group
+        for heads in parts:
+            sharing = builder.add(sharing, builder.udiv(left, ir.Constant(I64, heads)))
+            left = builder.urem(left, ir.Constant(I64, heads))
         for heads, part in parts.items():
-            times = builder.udiv(builder.sub(group, builder.load(done)), ir.Constant(I64, heads))
-            with v.loop(times):
+            with v.loop(builder.udiv(builder.sub(group, builder.load(done)), ir.Constant(I64, heads))):
                 first = builder.load(done)
                 moved = [builder.add(x, builder.mul(first, stride)) for x, stride in zip(moving, strides, strict=True)]
                 function = builder.module.get_global(part.name)
-                builder.call(function, (*moved, rows, builder.load(next_), count, head_dim))
+                last = v.address(ahead, form.tile - 1, 8)
+                builder.call(function, (*moved, rows, place, last, sharing, count, head_dim))
                 builder.store(builder.add(first, ir.Constant(I64, heads)), done)
-                builder.store(rows, next_)
 
     return Tile(name, 9, body)
 
@@ -100,7 +107,7 @@ def _strides(name: str, v: Vectors, form: Format, head_dim: ir.Value) -> list[ir
     padded = _padded(v, form, head_dim)
     if name == "scores":
         query = v.builder.mul(padded, ir.Constant(I64, 4 // form.pack * form.query_digits))
-        return [query, *(ir.Constant(I64, x) for x in (4 * v.lanes * form.query_digits, 4, 4 * form.tile))]
+        return [query, *(ir.Constant(I64, x) for x in (4 * form.query_digits, 4, 4 * form.tile))]
     weights = 4 * form.weight_digits * (form.tile // form.pack)
     return [*(ir.Constant(I64, x) for x in (weights, 4, 4)), v.builder.mul(padded, ir.Constant(I64, 4))]
 
@@ -110,6 +117,44 @@ def _padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
     size = ir.Constant(I64, v.lanes * form.pack)
     more = v.builder.add(head_dim, ir.Constant(I64, v.lanes * form.pack - 1))
     return v.builder.mul(v.builder.udiv(more, size), size)
+
+
+class _Fetcher:
+    """Has rows fetched into the processor's cache a line at a time, in the order in which they lie in memory.
+
+    The memory must be busy all the time and never swamped: every step of the work fetches as many lines as it has time
+    for, which is as many as it reads.
+    """
+
+    def __init__(
+        self, v: Vectors, form: Format, place: ir.Value, last: ir.Value, sharing: ir.Value, *, head_dim: ir.Value
+    ) -> None:
+        """`place` is where the address of the next row's address and the byte in that row stand."""
+        self.v, self.place, self.last, self.sharing = v, place, last, sharing
+        self.size = v.builder.mul(head_dim, ir.Constant(I64, form.itemsize))
+        self.row, self.byte = (
+            cgutils.alloca_once_value(v.builder, v.load(v.address(place, i, 8), I64)) for i in range(2)
+        )
+
+    def fetch(self, lines: int) -> None:
+        """Share in fetching so many lines; after the last row, that one over and over, which costs nothing."""
+        v, builder = self.v, self.v.builder
+        with builder.goto_entry_block():
+            share = builder.udiv(builder.add(self.sharing, ir.Constant(I64, lines - 1)), self.sharing)
+        with v.loop(share):
+            row, byte = builder.load(self.row), builder.load(self.byte)
+            v.prefetch(builder.add(v.load(row, I64), byte))
+            next_byte = builder.add(byte, ir.Constant(I64, LINE))
+            ends = builder.icmp_signed(">=", next_byte, self.size)
+            builder.store(builder.select(ends, ir.Constant(I64, 0), next_byte), self.byte)
+            next_row = builder.select(ends, v.address(row, 1, 8), row)
+            more = builder.icmp_signed("<", row, self.last)
+            builder.store(builder.select(more, next_row, self.last), self.row)
+
+    def keep(self) -> None:
+        """Leave the place for the next part."""
+        for i, x in enumerate((self.row, self.byte)):
+            self.v.store(self.v.builder.load(x), self.v.address(self.place, i, 8))
 
 
 def _walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable[..., None]) -> None:
@@ -133,57 +178,42 @@ def _walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callabl
 
 
 def _scores(form: Format, machine: Machine, heads: int) -> Tile:
-    """(query, initial, weights, out, rows, ahead, count, head_dim): scores of `heads` query heads.
+    """(query, initial, weights, out, rows, *fetching, count, head_dim): scores of `heads` query heads.
 
-    `query` holds their digits, each a padded row; `initial` a vector for each, from which an integer sum starts;
-    `weights` a float32 for each head; `out` is (heads, T) float32. `rows` and `ahead` hold the addresses of a tile's
-    keys, of which `count` count, and the next one's.
+    `query` is (heads, D padded) lanes, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
+    addresses of a tile's keys, of which `count` count.
     """
-    digits = form.query_digits
-    positions = machine.registers // (4 if form.integer else 2) // heads  # for these, sums fill the registers
+    positions = machine.registers // 2 // heads  # for these, sums fill half of the registers
 
-    def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, *rest: Any) -> None:
-        rows, ahead, count, head_dim = rest
+    def body(v: Vectors, query: Any, _: Any, weights: Any, out: Any, rows: Any, *rest: Any) -> None:
+        *fetching, count, head_dim = rest
         builder, size = v.builder, 4 * v.lanes
         blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
         stride = builder.mul(_padded(v, form, head_dim), ir.Constant(I64, 4 // form.pack))
-        kind = v.ints if form.integer else v.floats
-        queries = [builder.add(query, builder.mul(stride, ir.Constant(I64, i))) for i in range(heads * digits)]
-        totals = [[cgutils.alloca_once(builder, kind) for _ in range(positions)] for _ in queries]
+        queries = [builder.add(query, builder.mul(stride, ir.Constant(I64, h))) for h in range(heads)]
+        totals = [[cgutils.alloca_once(builder, v.floats) for _ in range(positions)] for _ in queries]
         factors = [v.load(v.address(weights, h, 4), F32) for h in range(heads)]
+        fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
 
         with v.loop(blocks) as block:
             first_position = builder.mul(block, ir.Constant(I64, positions))
-            here, next_ = (
-                [v.load(v.address(v.address(base, first_position, 8), p, 8), I64) for p in range(positions)]
-                for base in (rows, ahead)
-            )
-            for i, row in enumerate(totals):
-                start = v.load(v.address(initial, i, size), kind) if form.integer else v.constant(kind, 0.0)
-                for total in row:
-                    builder.store(start, total)
+            here = [v.load(v.address(v.address(rows, first_position, 8), p, 8), I64) for p in range(positions)]
+            for total in (x for row in totals for x in row):
+                builder.store(v.constant(v.floats, 0.0), total)
 
             def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
                 offset = builder.mul(first, ir.Constant(I64, form.itemsize))
                 at = builder.mul(first, ir.Constant(I64, 4 // form.pack))
-                v.prefetch_all(next_, offset, width * v.lanes * form.pack * form.itemsize)
+                fetcher.fetch(max(1, positions * width * form.itemsize * form.pack * v.lanes // LINE))
                 for i in range(width):
-                    keys = []
-                    for row in here:
-                        key = v.load_lanes(form, builder.add(row, offset), i, count)
-                        keys.append(builder.xor(key, v.constant(v.ints, 0x80808080 - 2**32)) if form.integer else key)
+                    keys = [v.load_lanes(form, builder.add(row, offset), i, count) for row in here]
                     for start, sums in zip(queries, totals, strict=True):
                         q = v.load(v.address(builder.add(start, at), i, size), v.ints)
                         for key, total in zip(keys, sums, strict=True):
-                            # The keys are raised by 128 to be unsigned: `initial` takes it back.
                             builder.store(v.dot(builder.load(total), q, key, form.pack, "b"), total)
 
             _walk(v, form, head_dim, max(1, LINE // (v.lanes * form.pack * form.itemsize)), step)
-            together = [
-                _digits_together(v, form, [builder.load(totals[h * digits + i][p]) for i in range(digits)])
-                for h in range(heads)
-                for p in range(positions)
-            ]
+            together = [builder.load(total) for row in totals for total in row]
             group = min(len(together), v.lanes)
             run = min(group, positions)
             for begin in range(0, len(together), group):
@@ -194,8 +224,78 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                     part = builder.fmul(part, v.splat(factors[h], run))
                     line = v.address(out, h * form.tile + p, 4)
                     v.store(part, v.address(line, first_position, 4))
+        fetcher.keep()
 
-    return Tile(f"scores{heads}", 8, body)
+    return Tile(f"scores{heads}", 10, body)
+
+
+def _pack_keys(form: Format) -> Tile:
+    """(rows, count, head_dim, out): a tile of int8 keys with positions side by side, raised by 128 to be unsigned.
+
+    `out` is (D padded / 4, T) lanes of 4 elements.
+    """
+
+    def body(v: Vectors, rows: Any, count: Any, head_dim: Any, out: Any) -> None:
+        builder, lanes = v.builder, v.lanes
+        blocks = builder.udiv(builder.add(count, ir.Constant(I64, lanes - 1)), ir.Constant(I64, lanes))
+        with v.loop(blocks) as block:
+            place = v.address(rows, block, 8 * lanes)
+            here = [v.load(v.address(place, i, 8), I64) for i in range(lanes)]
+
+            def square(first: ir.Value, _: int, count: ir.Value | None) -> None:
+                read = [v.load_lanes(form, builder.add(row, first), 0, count) for row in here]
+                turned = v.transpose([builder.xor(x, v.constant(v.ints, 0x80808080 - 2**32)) for x in read])
+                at = builder.add(v.address(out, first, form.tile), v.address(ir.Constant(I64, 0), block, 4 * lanes))
+                for i, column in enumerate(turned):
+                    v.store(column, v.address(at, i, 4 * form.tile))
+
+            _walk(v, form, head_dim, 1, square)
+
+    return Tile("pack_keys", 4, body)
+
+
+def _packed_scores(form: Format, machine: Machine, heads: int) -> Tile:
+    """(query, initial, weights, out, packed, *fetching, count, head_dim): scores of `heads` query heads for int8 keys.
+
+    `query` is (heads, digits, D padded) int8; `initial` holds an int32 for each digit, from which its sums start: it
+    takes back what the keys are raised by. `weights` is a float32 for each head, `out` (heads, T) float32, `packed` as
+    `pack_keys` leaves it.
+    """
+    digits = form.query_digits
+    columns = min(machine.registers // 8, form.tile // machine.lanes)  # vectors of positions at a time
+    passes = form.tile // machine.lanes // columns
+
+    def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, packed: Any, *rest: Any) -> None:
+        *fetching, _, head_dim = rest
+        builder, size = v.builder, 4 * v.lanes
+        stride = _padded(v, form, head_dim)
+        queries = [builder.add(query, builder.mul(stride, ir.Constant(I64, i))) for i in range(heads * digits)]
+        totals = [[cgutils.alloca_once(builder, v.ints) for _ in range(columns)] for _ in queries]
+        length = builder.udiv(builder.add(head_dim, ir.Constant(I64, 3)), ir.Constant(I64, 4))
+        fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
+
+        with v.loop(ir.Constant(I64, passes)) as number:
+            for i, row in enumerate(totals):
+                for total in row:
+                    builder.store(v.splat(v.load(v.address(initial, i, 4), I32)), total)
+            base = v.address(packed, number, size * columns)
+            with v.loop(length) as step:
+                fetcher.fetch(max(1, 4 * form.tile // LINE // passes))
+                at = v.address(base, step, 4 * form.tile)
+                keys = [v.load(v.address(at, i, size), v.ints) for i in range(columns)]
+                for start, sums in zip(queries, totals, strict=True):
+                    q = v.splat(v.load(v.address(start, step, 4), I32))
+                    for key, total in zip(keys, sums, strict=True):
+                        builder.store(v.dot(builder.load(total), q, key, form.pack, "b"), total)
+            for h in range(heads):
+                factor = v.splat(v.load(v.address(weights, h, 4), F32))
+                for i in range(columns):
+                    sums = [builder.load(totals[h * digits + digit][i]) for digit in range(digits)]
+                    score = builder.fmul(_digits_together(v, form, sums), factor)
+                    v.store(score, v.address(v.address(out, number, size * columns), h * form.tile + i * v.lanes, 4))
+        fetcher.keep()
+
+    return Tile(f"scores{heads}", 10, body)
 
 
 def _digits_together(v: Vectors, form: Format, digits: list[ir.Value]) -> ir.Value:
@@ -281,21 +381,21 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
 
 
 def _values(form: Format, machine: Machine, heads: int) -> Tile:
-    """(weights, fades, shares, out, rows, ahead, count, head_dim): the outputs of `heads` query heads.
+    """(weights, fades, shares, out, rows, *fetching, count, head_dim): the outputs of `heads` query heads.
 
     The first three are as `weigh` leaves them, from the first of the heads on; `out` is (heads, D padded) float32.
-    `rows` and `ahead` hold the addresses of a tile's values, of which `count` count, and the next one's. A factor of 0
-    forgets even a NaN.
+    `rows` holds the addresses of a tile's values, of which `count` count. A factor of 0 forgets even a NaN.
     """
     digits, tile_lanes = form.weight_digits, form.tile // form.pack
     sums = digits if form.integer else 1  # digits that are floats are summed as one
     wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.pack)  # vectors of a row
 
-    def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, *rest: Any) -> None:
-        rows, ahead, positions, head_dim = rest
+    def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, *rest: Any) -> None:
+        *fetching, positions, head_dim = rest
         builder, size = v.builder, 4 * v.lanes
         kind = v.ints if form.integer else v.floats
         columns = _padded(v, form, head_dim)
+        fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
         groups = builder.udiv(builder.add(positions, ir.Constant(I64, form.pack - 1)), ir.Constant(I64, form.pack))
 
         def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
@@ -307,11 +407,9 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             for total in (x for head in totals for row in head for x in row):
                 builder.store(v.constant(kind, 0), total)
             with v.loop(groups) as group:
-                here, next_ = (
-                    [v.load(v.address(v.address(base, group, 8 * form.pack), i, 8), I64) for i in range(form.pack)]
-                    for base in (rows, ahead)
-                )
-                v.prefetch_all(next_, offset, width * v.lanes * form.pack * form.itemsize)
+                place = v.address(rows, group, 8 * form.pack)
+                here = [v.load(v.address(place, i, 8), I64) for i in range(form.pack)]
+                fetcher.fetch(max(1, width * form.pack * v.lanes * form.pack * form.itemsize // LINE))
                 lines = v.address(weights, group, 4)
                 lanes = [
                     [v.splat(v.load(v.address(lines, (h * digits + i) * tile_lanes, 4), I32)) for i in range(digits)]
@@ -346,5 +444,6 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                         v.store(v.float_function("fma", old, fade, part), at)
 
         _walk(v, form, head_dim, wide, step)
+        fetcher.keep()
 
-    return Tile(f"values{heads}", 8, body)
+    return Tile(f"values{heads}", 10, body)

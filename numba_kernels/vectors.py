@@ -72,12 +72,6 @@ class Vectors:
         read, keep, data = (ir.Constant(I32, x) for x in (0, PREFETCH_LOCALITY, 1))
         self.builder.call(function, (pointer, read, keep, data))
 
-    def prefetch_all(self, rows: Sequence[ir.Value], offset: ir.Value, size: int) -> None:
-        """Have `size` bytes from an offset on of every row fetched."""
-        for begin in range(0, size, LINE):
-            for row in rows:
-                self.prefetch(self.address(self.builder.add(row, offset), begin, 1))
-
     def function(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
         """An LLVM intrinsic."""
         kind = ir.FunctionType(result, arguments)
@@ -175,6 +169,27 @@ class Vectors:
             )
             for begin in (0, block // 2)
         ]
+
+    def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """A square of `lanes` vectors of lanes, turned."""
+        n, columns = self.lanes, []
+        for begin in range(0, n, 4):  # four rows by themselves, within each 128 bits
+            a, b, c, d = rows[begin : begin + 4]
+            halves = zip(self._zip(a, c, 4), self._zip(b, d, 4), strict=True)
+            columns.append([x for first, second in halves for x in self._zip(first, second, 4)])
+        turned = []
+        for blocks in zip(*columns, strict=True):  # then blocks of 128 bits
+            parts, step = list(blocks), 1
+            while step < len(parts):
+                for i in range(len(parts)):
+                    if not i & step:
+                        a, b = parts[i], parts[i + step]
+                        low = [x if not x & 4 * step else n + (x ^ 4 * step) for x in range(n)]
+                        high = [x ^ 4 * step if not x & 4 * step else n + x for x in range(n)]
+                        parts[i], parts[i + step] = self.shuffle(a, b, low), self.shuffle(a, b, high)
+                step *= 2
+            turned.append(parts)
+        return [x for parts in zip(*turned, strict=True) for x in parts]
 
     def in_order(self, sums: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of lanes that belong to the elements of `interleave`'s vectors, in the elements' own order."""
