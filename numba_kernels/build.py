@@ -119,7 +119,8 @@ def native_engine(module: Any, machine: Machine) -> Any:
 def _optimise(module: Any, target: Any) -> None:
     module.triple, module.data_layout = target.triple, str(target.target_data)
     options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = options.slp_vectorization = False  # the tiles are vectors already
+    # The tiles are vectors, and as wide as it helps, already.
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     passes = llvm.create_pass_builder(target, options)
     passes.getModulePassManager().run(module, passes)
 

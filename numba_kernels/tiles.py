@@ -56,7 +56,7 @@ def make(form: Format, machine: Machine) -> dict[str, Tile]:
 
 def _heads_at_once(form: Format, machine: Machine) -> list[int]:
     """The numbers of query heads that `scores` and `values` are made for, largest first."""
-    most = machine.registers // (16 if form.integer else 4)
+    most = machine.registers // (8 if form.integer else 4)
     return [heads for heads in (8, 4, 2, 1) if heads <= most]
 
 
@@ -262,7 +262,7 @@ def _packed_scores(form: Format, machine: Machine, heads: int) -> Tile:
     `pack_keys` leaves it.
     """
     digits = form.query_digits
-    columns = min(machine.registers // 8, form.tile // machine.lanes)  # vectors of positions at a time
+    columns = min(machine.registers // 4 // heads, machine.registers // 8)  # vectors of positions at a time
     passes = form.tile // machine.lanes // columns
 
     def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, packed: Any, *rest: Any) -> None:
@@ -333,7 +333,7 @@ def _weigh(form: Format) -> Tile:
                 score = v.load(v.address(row, i, 4 * v.lanes), v.floats)
                 place = ir.Constant(v.ints, list(range(v.lanes * i, v.lanes * (i + 1))))
                 read.append(builder.select(builder.icmp_signed("<", place, count), score, nothing))
-            top = v.reduce("maxnum", read)
+            top = v.reduce("max", read)
             none = builder.fcmp_ordered("==", top, ir.Constant(F32, float("-inf")))
             shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
             exps = [v.exp(builder.fsub(x, shift)) for x in read]
@@ -389,6 +389,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     digits, tile_lanes = form.weight_digits, form.tile // form.pack
     sums = digits if form.integer else 1  # digits that are floats are summed as one
     wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.pack)  # vectors of a row
+    at_once = 2 if form.integer else form.pack  # of the `pack` vectors that these become: more would not fit
 
     def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, *rest: Any) -> None:
         *fetching, positions, head_dim = rest
@@ -398,18 +399,19 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
         fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
         groups = builder.udiv(builder.add(positions, ir.Constant(I64, form.pack - 1)), ir.Constant(I64, form.pack))
 
-        def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
+        def products(first: ir.Value, width: int, count: ir.Value | None, which: range) -> list[list[list[ir.Value]]]:
+            """[head][strip][which] sums over the tile, of some of the vectors that the rows' vectors become."""
             offset = builder.mul(first, ir.Constant(I64, form.itemsize))
             totals = [
-                [[cgutils.alloca_once(builder, kind) for _ in range(width * form.pack)] for _ in range(sums)]
+                [[[cgutils.alloca_once(builder, kind) for _ in range(sums)] for _ in which] for _ in range(width)]
                 for _ in range(heads)
             ]
-            for total in (x for head in totals for row in head for x in row):
+            for total in (x for head in totals for strip in head for column in strip for x in column):
                 builder.store(v.constant(kind, 0), total)
             with v.loop(groups) as group:
                 place = v.address(rows, group, 8 * form.pack)
                 here = [v.load(v.address(place, i, 8), I64) for i in range(form.pack)]
-                fetcher.fetch(max(1, width * form.pack * v.lanes * form.pack * form.itemsize // LINE))
+                fetcher.fetch(max(1, len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
                 lines = v.address(weights, group, 4)
                 lanes = [
                     [v.splat(v.load(v.address(lines, (h * digits + i) * tile_lanes, 4), I32)) for i in range(digits)]
@@ -417,12 +419,22 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                 ]
                 for strip in range(width):
                     read = [v.load_lanes(form, builder.add(row, offset), strip, count) for row in here]
-                    for i, column in enumerate(v.interleave(read)):
-                        for h in range(heads):
+                    found = v.interleave(read)
+                    for h in range(heads):
+                        for i, column in enumerate(which):
                             for digit in range(digits):
-                                total = totals[h][digit % sums][strip * form.pack + i]
-                                product = v.dot(builder.load(total), lanes[h][digit], column, form.pack, "a")
+                                total = totals[h][strip][i][digit % sums]
+                                product = v.dot(builder.load(total), lanes[h][digit], found[column], form.pack, "a")
                                 builder.store(product, total)
+            return [
+                [[_digits_together(v, form, [builder.load(x) for x in column]) for column in strip] for strip in head]
+                for head in totals
+            ]
+
+        def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
+            halves = [
+                products(first, width, count, range(begin, begin + at_once)) for begin in range(0, form.pack, at_once)
+            ]
             for h in range(heads):
                 fade, share = (v.load(v.address(base, h, 4), F32) for base in (fades, shares))
                 if form.integer:
@@ -433,10 +445,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                     out, builder.mul(builder.add(builder.mul(columns, ir.Constant(I64, h)), first), ir.Constant(I64, 4))
                 )
                 for strip in range(width):
-                    parts = [
-                        _digits_together(v, form, [builder.load(row[strip * form.pack + i]) for row in totals[h]])
-                        for i in range(form.pack)
-                    ]
+                    parts = [part for half in halves for part in half[h][strip]]
                     for i, part in enumerate(v.in_order(parts)):
                         at = v.address(line, strip * form.pack + i, size)
                         part = builder.select(ignore, zero, builder.fmul(part, share))
