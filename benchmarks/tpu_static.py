@@ -3,6 +3,9 @@
     python -m benchmarks.tpu_static            # every generation and case, into benchmarks/results/tpu_static.{json,md}
     python -m benchmarks.tpu_static v6e tpu7x  # some generations
 
+Every row is stored as soon as it is known, with a fingerprint of the kernel, JAX and libtpu. A command that was
+stopped goes on where it was; rows of another kernel are dropped.
+
 libtpu compiles the kernel for a TPU that need not be there, and simulates the program it made: it follows the scalar
 code, unrolls the loops and adds up what each bundle of instructions waits for. Lengths must be known, so the kernel
 is built here with the window's ends replaced by constants. The cost of a tile is the slope between two lengths, so
@@ -14,7 +17,11 @@ published peak rates). A ratio below 1 says that the kernel's own instructions l
 says nothing about the speed of the memory.
 """
 
+import ast
 import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -204,6 +211,45 @@ def measure(
     }
 
 
+def fingerprint() -> str:
+    """Of everything that a row depends on, comments aside."""
+    package = ROOT / "pallas_kernels" / "tpu"
+    sources = [ast.dump(ast.parse(path.read_text())) for path in sorted(package.glob("*.py"))]
+    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+    text = "\n".join([*sources, (package / "tuning.json").read_text(), *versions])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Store:
+    """The rows that this kernel has, in files that several processes may add to."""
+
+    def __init__(self) -> None:
+        self.json, self.table = RESULTS / "tpu_static.json", RESULTS / "tpu_static.md"
+        self.kernel = fingerprint()
+        self.order = [key(generation, call) for generation in CHIPS for call in cases()]
+
+    def rows(self) -> list[dict[str, Any]]:
+        stored = json.loads(self.json.read_text()) if self.json.exists() else []
+        return [row for row in stored if row["kernel"] == self.kernel]
+
+    def __contains__(self, wanted: str) -> bool:
+        return any(row["key"] == wanted for row in self.rows())
+
+    def add(self, wanted: str, row: dict[str, Any]) -> None:
+        with open(RESULTS / ".tpu_static.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = [*self.rows(), {"key": wanted, "kernel": self.kernel} | row]
+            rows.sort(key=lambda row: self.order.index(row["key"]))
+            self.json.write_text(json.dumps(rows, indent=1) + "\n")
+            shown = [{k: v for k, v in row.items() if k not in ("key", "kernel")} for row in rows]
+            self.table.write_text(tabulate(shown, headers="keys", tablefmt="github") + "\n")
+
+
+def key(generation: str, call: Call) -> str:
+    """What names a row."""
+    return f"{generation} {call}"
+
+
 def main(
     generations: Annotated[list[str] | None, typer.Argument(help="Of v5e, v5p, v6e, tpu7x; all by default.")] = None,
     child: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -214,22 +260,20 @@ def main(
     if child:
         estimate_all(Path(child))
         return
-    estimator = Estimator()
-    rows = []
+    estimator, store = Estimator(), Store()
+    keep = not only and override == "{}"
     for generation in generations or CHIPS:
         for call in cases():
-            if only not in str(call):
+            if not re.search(only, str(call)) or (keep and key(generation, call) in store):
                 continue
             try:
-                rows.append(measure(estimator, generation, call, json.loads(override)))
+                row = measure(estimator, generation, call, json.loads(override))
             except RuntimeError as error:
                 print(error, file=sys.stderr, flush=True)
                 continue
-            print(*rows[-1].values(), flush=True)
-        if not only and override == "{}":  # after each generation, as it takes a while
-            RESULTS.mkdir(exist_ok=True)
-            (RESULTS / "tpu_static.json").write_text(json.dumps(rows, indent=1) + "\n")
-            (RESULTS / "tpu_static.md").write_text(tabulate(rows, headers="keys", tablefmt="github") + "\n")
+            print(*row.values(), flush=True)
+            if keep:
+                store.add(key(generation, call), row)
 
 
 if __name__ == "__main__":

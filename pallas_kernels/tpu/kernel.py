@@ -221,19 +221,19 @@ class _Fetch:
         offset = piece * plan.chunk
         heads = pl.ds(block * plan.item_heads, plan.item_heads)
         pages, tiles = (refs.key, refs.key_tile) if part == KEY else (refs.value, refs.value_tile)
+        rows: tuple[Any, ...] = (pl.ds(offset, plan.chunk),)
+        if plan.row_groups:
+            rows = (pl.ds(lax.div(offset, ROW_GROUP), plan.chunk // ROW_GROUP), slice(None))
         match plan.form:
             case "heads":
-                source = pages.at[page, heads, pl.ds(offset, plan.chunk)]
+                source = pages.at[page, heads, *rows]
             case "columns":
-                source = pages.at[page, heads, :, pl.ds(pl.multiple_of(offset, LANES), plan.chunk)]  # type: ignore[arg-type]
+                lanes = pl.ds(pl.multiple_of(offset, LANES), plan.chunk)  # type: ignore[arg-type]
+                source = pages.at[page, heads, ..., lanes]
             case "lanes":
                 width = plan.item_heads * plan.head_dim
                 lanes = pl.ds(pl.multiple_of(block * width, LANES) if plan.head_blocks > 1 else 0, width)
-                if plan.row_groups:
-                    rows = pl.ds(lax.div(offset, ROW_GROUP), plan.chunk // ROW_GROUP)
-                    source = pages.at[page, rows, :, lanes]
-                else:
-                    source = pages.at[page, pl.ds(offset, plan.chunk), lanes]
+                source = pages.at[page, *rows, lanes]
         return pltpu.make_async_copy(source, tiles.at[slot, j], refs.semaphores.at[slot, part])
 
     def _row_copies(self, item: Array, tile: Array, slot: Array) -> list[Any]:
@@ -391,7 +391,7 @@ def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
         case "columns":
             columns = []
             for j in range(chunks):
-                stacked = [tiles[slot, first + j, h] for h in heads]
+                stacked = [tiles[slot, first + j, h].reshape(plan.head_dim, plan.chunk) for h in heads]
                 columns.append(stacked[0] if len(stacked) == 1 else jnp.concatenate(stacked, axis=0))
             tile = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
     return tile.astype(dtype)

@@ -187,20 +187,18 @@ def _whole_tiles(rows: Array, plan: Plan) -> Array:
 
 
 def _tiled(pages: Array, plan: Plan) -> Array:
-    """The view of a cache in lanes whose rows lie in groups of 8, as a tile of memory has them."""
+    """The view of a cache whose rows lie in groups of 8, as a tile of memory has them."""
     if not plan.row_groups:
         return pages
-    num_pages, page_size, width = pages.shape
-    return pages.reshape(num_pages, page_size // ROW_GROUP, ROW_GROUP, width)
+    *outer, rows, lanes = pages.shape
+    return pages.reshape(*outer, rows // ROW_GROUP, ROW_GROUP, lanes)
 
 
 def _chunk_shape(plan: Plan) -> tuple[int, ...]:
     """Of one chunk of keys or values, in VMEM."""
-    match plan.form:
-        case "heads":
-            return plan.item_heads, plan.chunk, plan.head_dim
-        case "columns":
-            return plan.item_heads, plan.head_dim, plan.chunk
-        case _:
-            rows = (plan.chunk // ROW_GROUP, ROW_GROUP) if plan.row_groups else (plan.chunk,)
-            return *rows, plan.item_heads * plan.head_dim
+    outer, rows, lanes = {
+        "heads": ((plan.item_heads,), plan.chunk, plan.head_dim),
+        "columns": ((plan.item_heads,), plan.head_dim, plan.chunk),
+        "lanes": ((), plan.chunk, plan.item_heads * plan.head_dim),
+    }[plan.form]
+    return *outer, *((rows // ROW_GROUP, ROW_GROUP) if plan.row_groups else (rows,)), lanes

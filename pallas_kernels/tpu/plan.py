@@ -36,7 +36,7 @@ class Plan:
       chunk, chunks: see above; tile = chunk * chunks, a multiple of 128.
       edge_chunks: chunks in a block of a tile that the window does not fill: such a tile is computed block by block.
       query_terms, weight_terms: bfloat16 numbers whose sum stands for one float32 query element or softmax weight.
-      row_groups: whether rows of a cache in lanes are viewed in groups of 8.
+      row_groups: whether the rows of a cache, positions or in columns D, are viewed in groups of 8.
       splits: parts each sequence's window is cut into, 1 or the number of cores.
       masked, biased: whether there is a mask, a bias.
       tuning: see `Tuning`.
@@ -132,7 +132,7 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
         edge_chunks=next(d for d in _divisors(tile // unit) if 4 * d >= tile // unit) * (unit // chunk),
         query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
         weight_terms=1 if wide else 3 if operands.precise or dtype == jnp.int8 else 2,
-        row_groups=memory == "lanes" and dtype != jnp.int8 and kv.page_size % SUBLANES == 0,
+        row_groups=dtype.itemsize == 2 and (head_dim if memory == "columns" else kv.page_size) % SUBLANES == 0,
         splits=tuning.cores if operands.batch % tuning.cores else 1,
         masked=operands.mask is not None,
         biased=operands.bias is not None,
