@@ -16,7 +16,7 @@ from pallas_kernels.tpu.tuning import Tuning
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, *, cores: int = 1) -> None:
     """Tiles of 128 positions, so that a few hundred make several, some of them whole."""
-    tuning = Tuning(cores=cores, slots=3, tile_bytes=1 << 16, vmem_limit_bytes=1 << 24)
+    tuning = Tuning(cores=cores, slots=3, matrix_width=128, tile_bytes=1 << 16, vmem_limit_bytes=1 << 24)
     monkeypatch.setattr(lowering, "tuning_for", lambda kind: tuning)
 
 

@@ -153,12 +153,13 @@ def _head_split(
         whole = whole if num_heads % whole == 0 else num_heads
     else:
         whole = 1
-    # More heads side by side, until the rows of one group fill the sublanes; in columns only where heads stack on
-    # whole tiles.
+    # More heads side by side, until the rows of one group fill the sublanes and its lanes the matrix unit; in columns
+    # only where heads stack on whole tiles.
     packed = whole
     if memory != "columns" or head_dim % 32 == 0:
         for more in _divisors(num_heads):
-            if more % whole == 0 and more * group <= SUBLANES and more * head_dim <= 1024:
+            width = more * head_dim
+            if more % whole == 0 and (more * group <= SUBLANES and width <= 1024 or width <= tuning.matrix_width):
                 packed = max(packed, more)
     smallest_tile = 2 * LANES * head_dim * dtype.itemsize
     fitting = [

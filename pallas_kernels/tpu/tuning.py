@@ -13,12 +13,14 @@ class Tuning:
     Attributes:
       cores: TensorCores that run one program together (2 on the megacore chips).
       slots: tiles in flight: one being read, the others being fetched.
+      matrix_width: rows and columns of the matrix unit.
       tile_bytes: keys and values of one tile. Latencies cost the same for any tile: bigger is better until VMEM ends.
       vmem_limit_bytes: what the kernel may allocate in VMEM, with room left for the compiler.
     """
 
     cores: int
     slots: int
+    matrix_width: int
     tile_bytes: int
     vmem_limit_bytes: int
 
