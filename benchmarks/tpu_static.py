@@ -229,6 +229,7 @@ class Store:
         self.order = [key(generation, call) for generation in CHIPS for call in cases()]
 
     def rows(self) -> list[dict[str, Any]]:
+        """What is stored of this kernel."""
         stored = json.loads(self.json.read_text()) if self.json.exists() else []
         return [row for row in stored if row["kernel"] == self.kernel]
 
@@ -236,6 +237,7 @@ class Store:
         return any(row["key"] == wanted for row in self.rows())
 
     def add(self, wanted: str, row: dict[str, Any]) -> None:
+        """Stores one row more."""
         with open(RESULTS / ".tpu_static.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             rows = [*self.rows(), {"key": wanted, "kernel": self.kernel} | row]

@@ -12,7 +12,7 @@ lies outside the window is replaced before it meets any, since 0 * NaN is NaN.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -64,6 +64,9 @@ class Refs(NamedTuple):
 
 
 KEY, VALUE, MASK, BIAS = range(4)  # columns of the semaphores
+
+SCORES_SHARE, SOFTMAX_SHARE = 0.25, 0.6
+"""The share of a tile's time after which the scores, and after which the softmax is done, roughly."""
 
 
 def split_bfloat16(x: Array, terms: int) -> list[Array]:
@@ -132,11 +135,8 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
         @pl.when(hot)
         def _hot() -> None:
             fetch.wait_full(slot)
-            # The compiler keeps copies and reads of one array in order. So the copies of values can hide behind the
-            # scores, which read keys only, and those of keys behind what follows.
-            fetch.start_full(next_item, next_tile, freed, VALUE)
-            fetch.start_rows(next_item, next_tile, freed)
-            part(0, plan.chunks, edge=False, meanwhile=lambda: fetch.start_full(next_item, next_tile, freed, KEY))
+            meanwhile = fetch.start_along(next_item, next_tile, freed)
+            part(0, plan.chunks, edge=False, cuts=plan.cuts, meanwhile=meanwhile)
 
         @pl.when(more & jnp.logical_not(hot))
         def _start() -> None:
@@ -204,37 +204,39 @@ class _Fetch:
         row = lax.div(item, self.plan.head_blocks)
         return lax.rem(row, self.plan.batch), lax.rem(item, self.plan.head_blocks)
 
-    def _copy(self, item: Array, tile: Array, j: Any, slot: Array, part: int) -> Any:
-        """The copy of chunk j of the tile, of KEY or VALUE."""
+    def _copies(self, item: Array, tile: Array, j: Any, slot: Array) -> tuple[Any, Any]:
+        """The copies of chunk j of the tile, of keys and of values, which share what finds the page."""
         plan, refs = self.plan, self.refs
         sequence, block = self._place(item)
-        index = tile * plan.chunks + j
+        chunk = tile * plan.chunks + j
         page_index, piece = (
-            (index, 0)
+            (chunk, 0)
             if plan.chunks_per_page == 1
             else (
-                lax.div(index, plan.chunks_per_page),
-                lax.rem(index, plan.chunks_per_page),
+                lax.div(chunk, plan.chunks_per_page),
+                lax.rem(chunk, plan.chunks_per_page),
             )
         )
         page = sequence if refs.table is None else refs.table[sequence * plan.table_width + page_index]
         offset = piece * plan.chunk
         heads = pl.ds(block * plan.item_heads, plan.item_heads)
-        pages, tiles = (refs.key, refs.key_tile) if part == KEY else (refs.value, refs.value_tile)
         rows: tuple[Any, ...] = (pl.ds(offset, plan.chunk),)
         if plan.row_groups:
             rows = (pl.ds(lax.div(offset, ROW_GROUP), plan.chunk // ROW_GROUP), slice(None))
         match plan.form:
             case "heads":
-                source = pages.at[page, heads, *rows]
+                index: tuple[Any, ...] = (page, heads, *rows)
             case "columns":
                 lanes = pl.ds(pl.multiple_of(offset, LANES), plan.chunk)  # type: ignore[arg-type]
-                source = pages.at[page, heads, ..., lanes]
+                index = (page, heads, ..., lanes)
             case "lanes":
                 width = plan.item_heads * plan.head_dim
                 lanes = pl.ds(pl.multiple_of(block * width, LANES) if plan.head_blocks > 1 else 0, width)
-                source = pages.at[page, *rows, lanes]
-        return pltpu.make_async_copy(source, tiles.at[slot, j], refs.semaphores.at[slot, part])
+                index = (page, *rows, lanes)
+        return (
+            pltpu.make_async_copy(refs.key.at[index], refs.key_tile.at[slot, j], refs.semaphores.at[slot, KEY]),
+            pltpu.make_async_copy(refs.value.at[index], refs.value_tile.at[slot, j], refs.semaphores.at[slot, VALUE]),
+        )
 
     def _row_copies(self, item: Array, tile: Array, slot: Array) -> list[Any]:
         """The copies of the mask's and the bias's part of a tile."""
@@ -249,10 +251,34 @@ class _Fetch:
             copies.append(pltpu.make_async_copy(source, refs.bias_tile.at[slot], refs.semaphores.at[slot, BIAS]))
         return copies
 
-    def start_full(self, item: Array, tile: Array, slot: Array, part: int) -> None:
-        """Starts the copies of a whole tile of KEY or VALUE."""
-        for j in range(self.plan.chunks):
-            self._copy(item, tile, j, slot, part).start()
+    def start_full(self, item: Array, tile: Array, slot: Array, parts: Sequence[int], chunks: range) -> None:
+        """Starts the copies of some chunks of a whole tile, of KEY, VALUE or both."""
+        for j in chunks:
+            copies = self._copies(item, tile, j, slot)
+            for part in parts:
+                copies[part].start()
+
+    def start_along(self, item: Array, tile: Array, slot: Array) -> Callable[[float], None]:
+        """Begins to start the copies of a whole tile; the function that comes back goes on.
+
+        It is called between steps of the arithmetic, with the share of its time that is over. The compiler keeps
+        copies and reads of one array in order. So the copies of values can hide behind the scores, which read keys
+        only, and those of keys behind what follows. Where there are so many copies that starting them takes longer
+        than the arithmetic, keys and values are started together, which costs less, and spread over all steps.
+        """
+        self.start_rows(item, tile, slot)
+        chunks, started = self.plan.chunks, 0
+        many = self.plan.cuts > 1
+        if not many:
+            self.start_full(item, tile, slot, [VALUE], range(chunks))
+
+        def start(share: float) -> None:
+            nonlocal started
+            until = round(share * chunks) if many else chunks if share >= SCORES_SHARE else 0
+            self.start_full(item, tile, slot, [KEY, VALUE] if many else [KEY], range(started, until))
+            started = until
+
+        return start
 
     def start_rows(self, item: Array, tile: Array, slot: Array) -> None:
         """Starts the copies of the mask's and the bias's part of a tile."""
@@ -263,8 +289,8 @@ class _Fetch:
         low, high = self._chunks(item, tile)
 
         def start(j: Array, _: None) -> None:
-            for part in (KEY, VALUE):
-                self._copy(item, tile, j, slot, part).start()
+            for copy in self._copies(item, tile, j, slot):
+                copy.start()
 
         lax.fori_loop(low, high, start, None)
 
@@ -314,25 +340,41 @@ def _accumulate(
     chunks: int,
     *,
     edge: bool,
-    meanwhile: Callable[[], None] = lambda: None,
+    cuts: int = 1,
+    meanwhile: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Some chunks of a tile into the running softmax: all scores, one softmax over them, then all products with values.
 
     All heads go through each stage together: one head at a time would wait for the matrix unit's latency each time. The
-    softmax leaves the scalar units idle, and that is where `meanwhile` starts copies.
+    softmax leaves the scalar units idle, and that is where `meanwhile`, called with the share of all this that is over,
+    starts copies; products in so many `cuts` give it more places.
     """
     size, offset = chunks * plan.chunk, first * plan.chunk
     begin = tile * plan.tile + offset
     low, high = r.start[item] - begin, r.stop[item] - begin  # the window, in these positions
-    place = (slot, first, chunks)
+    each = chunks // cuts
+    pieces = [
+        ((slot, first + i * each, each), slice(i * each * plan.chunk, (i + 1) * each * plan.chunk)) for i in range(cuts)
+    ]
+
+    def of_all(compute: Callable[[int, Place, slice], Array], since: float, until: float) -> list[list[Array]]:
+        """`compute` of every group of heads and piece of the chunks: its place, and its positions among these."""
+        results: list[list[Array]] = [[] for _ in range(plan.groups)]
+        step = (until - since) / (plan.groups * cuts)
+        for group in range(plan.groups):
+            for i, (place, positions) in enumerate(pieces):
+                results[group].append(compute(group, place, positions))
+                meanwhile(since + step * (group * cuts + i + 1))
+        return results
 
     def inside(shape: tuple[int, int], axis: int) -> Array:
         position = lax.broadcasted_iota(jnp.int32, shape, axis)
         return (low <= position) & (position < high)
 
     positions = pl.ds(offset if isinstance(offset, int) else pl.multiple_of(offset, LANES), size)
-    scores = jnp.concatenate([_scores(r, plan, place, group) for group in range(plan.groups)], axis=0)
-    meanwhile()
+    scores_of = of_all(lambda group, place, _: _scores(r, plan, place, group), 0.0, SCORES_SHARE)
+    scores = jnp.concatenate([jnp.concatenate(of_group, axis=1) for of_group in scores_of], axis=0)
+    meanwhile(SOFTMAX_SHARE)
     scores = scores * r.scale[item]
     if plan.biased:
         scores = scores + r.bias_tile[slot, :, positions].astype(jnp.float32)
@@ -354,17 +396,19 @@ def _accumulate(
     selects = jnp.issubdtype(r.value_tile.dtype, jnp.floating)
     by_weight = selects and (plan.masked or plan.biased)
     terms = _terms(weights, plan.weight_terms)
-    products = []
-    for group in range(plan.groups):
+
+    def product(group: int, place: Place, positions: slice) -> Array:
         rows = slice(group * plan.rows, (group + 1) * plan.rows)
         value = _load(r.value_tile, plan, place, group)
         if by_weight:
-            used = jnp.max(weights[rows], axis=0, keepdims=True) > 0.0  # (1, size)
+            used = jnp.max(weights[rows, positions], axis=0, keepdims=True) > 0.0  # (1, size)
             value = _select(value, used if plan.form == "columns" else _as_column(used))
         elif edge and selects:
             axis = 1 if plan.form == "columns" else 0
             value = _select(value, inside((1, size) if axis else (size, 1), axis))
-        products.append(_product([term[rows] for term in terms], value, transposed=plan.form == "columns"))
+        return _product([term[rows, positions] for term in terms], value, transposed=plan.form == "columns")
+
+    products = [functools.reduce(jnp.add, of_group) for of_group in of_all(product, SOFTMAX_SHARE, 1.0)]
     accumulated = r.accumulator[...] * decay[:, :1]
     if by_weight:  # what a fully masked beginning has gathered vanishes, NaN or not
         accumulated = jnp.where(decay[:, :1] == 0.0, 0.0, accumulated)

@@ -13,6 +13,8 @@ SUBLANES = 8
 MAX_CHUNK = 512
 MAX_TILE = 16384
 MAX_ITEM_ROWS = 512
+MANY_COPIES = 512  # of keys, and as many of values, whose starting takes longer than the arithmetic of a tile
+MAX_CUTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Plan:
       item_heads, packed, width, rows: see above.
       chunk, chunks: see above; tile = chunk * chunks, a multiple of 128.
       edge_chunks: chunks in a block of a tile that the window does not fill: such a tile is computed block by block.
+      cuts: pieces in which a whole tile is multiplied, so that many copies can be started in between.
       query_terms, weight_terms: bfloat16 numbers whose sum stands for one float32 query element or softmax weight.
       row_groups: whether the rows of a cache, positions or in columns D, are viewed in groups of 8.
       splits: parts each sequence's window is cut into, 1 or the number of cores.
@@ -57,6 +60,7 @@ class Plan:
     chunk: int
     chunks: int
     edge_chunks: int
+    cuts: int
     query_terms: int
     weight_terms: int
     row_groups: bool
@@ -115,6 +119,7 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
     unit = math.lcm(chunk, LANES)
     tile = unit * max(1, min(target // unit, -(-kv.capacity // unit)))
     wide = dtype == jnp.float32
+    units = tile // unit
     return Plan(
         form=memory,
         batch=operands.batch,
@@ -129,7 +134,8 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
         rows=rows,
         chunk=chunk,
         chunks=tile // chunk,
-        edge_chunks=next(d for d in _divisors(tile // unit) if 4 * d >= tile // unit) * (unit // chunk),
+        edge_chunks=next(d for d in _divisors(units) if 4 * d >= units) * (unit // chunk),
+        cuts=max(d for d in _divisors(units) if d <= MAX_CUTS) if tile // chunk >= MANY_COPIES else 1,
         query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
         weight_terms=1 if wide else 3 if operands.precise or dtype == jnp.int8 else 2,
         row_groups=dtype.itemsize == 2 and (head_dim if memory == "columns" else kv.page_size) % SUBLANES == 0,
@@ -159,7 +165,7 @@ def _head_split(
     if memory != "columns" or head_dim % 32 == 0:
         for more in _divisors(num_heads):
             width = more * head_dim
-            if more % whole == 0 and (more * group <= SUBLANES and width <= 1024 or width <= tuning.matrix_width):
+            if more % whole == 0 and ((more * group <= SUBLANES and width <= 1024) or width <= tuning.matrix_width):
                 packed = max(packed, more)
     smallest_tile = 2 * LANES * head_dim * dtype.itemsize
     fitting = [
