@@ -65,23 +65,23 @@ class Refs(NamedTuple):
 
 KEY, VALUE, MASK, BIAS = range(4)  # columns of the semaphores
 
-SCORES_SHARE, SOFTMAX_SHARE = 0.25, 0.6
-"""The share of a tile's time after which the scores, and after which the softmax is done, roughly."""
+SCORES_SHARE, SOFTMAX_SHARE, VALUES_SHARE = 0.25, 0.35, 0.4
+"""What scores, softmax and products with values take of a tile's time, roughly."""
 
 
 def split_bfloat16(x: Array, terms: int) -> list[Array]:
-    """A float32 array as float32 arrays that bfloat16 holds, whose sum it is to 8 bits per term; three are exact.
+    """A float32 array as float32 arrays whose sum it is, of which bfloat16 holds all but the last; of three, all.
 
     The low bits are cut off, not rounded, through integers: a compiler may take a rounding there and back for nothing.
     """
     parts = []
-    for _ in range(terms):
+    for _ in range(terms - 1):
         head = lax.bitcast_convert_type(
             lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32
         )  # the upper 16 bits
         parts.append(head)
         x = x - head
-    return parts
+    return [*parts, x]
 
 
 def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) -> None:
@@ -136,7 +136,7 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
         def _hot() -> None:
             fetch.wait_full(slot)
             meanwhile = fetch.start_along(next_item, next_tile, freed)
-            part(0, plan.chunks, edge=False, cuts=plan.cuts, meanwhile=meanwhile)
+            part(0, plan.chunks, edge=False, stages=plan.stages, cuts=plan.cuts, meanwhile=meanwhile)
 
         @pl.when(more & jnp.logical_not(hot))
         def _start() -> None:
@@ -145,7 +145,7 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
         @pl.when(full & jnp.logical_not(hot))
         def _full() -> None:
             fetch.wait_full(slot)
-            part(0, plan.chunks, edge=False)
+            part(0, plan.chunks, edge=False, stages=plan.stages)
 
         @pl.when(jnp.logical_not(full))
         def _edge() -> None:
@@ -274,7 +274,7 @@ class _Fetch:
 
         def start(share: float) -> None:
             nonlocal started
-            until = round(share * chunks) if many else chunks if share >= SCORES_SHARE else 0
+            until = round(share * chunks) if many else chunks if share > 0.99 * SCORES_SHARE else 0
             self.start_full(item, tile, slot, [KEY, VALUE] if many else [KEY], range(started, until))
             started = until
 
@@ -340,79 +340,92 @@ def _accumulate(
     chunks: int,
     *,
     edge: bool,
+    stages: int = 1,
     cuts: int = 1,
     meanwhile: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Some chunks of a tile into the running softmax: all scores, one softmax over them, then all products with values.
+    """Some chunks of a tile into the running softmax: all scores, then softmax and products with values by stages.
 
-    All heads go through each stage together: one head at a time would wait for the matrix unit's latency each time. The
-    softmax leaves the scalar units idle, and that is where `meanwhile`, called with the share of all this that is over,
-    starts copies; products in so many `cuts` give it more places.
+    All heads go through each step together: one head at a time would wait for the matrix unit's latency each time.
+    While it multiplies the values of one stage of the positions, the vector units go on to the softmax of the next. The
+    scalar units are idle, and `meanwhile`, called with the share of all this that is over, starts copies; stages in so
+    many `cuts` give it more places.
     """
-    size, offset = chunks * plan.chunk, first * plan.chunk
-    begin = tile * plan.tile + offset
-    low, high = r.start[item] - begin, r.stop[item] - begin  # the window, in these positions
-    each = chunks // cuts
-    pieces = [
-        ((slot, first + i * each, each), slice(i * each * plan.chunk, (i + 1) * each * plan.chunk)) for i in range(cuts)
-    ]
+    each = chunks // stages // cuts
+    size = each * cuts * plan.chunk  # positions of a stage
+    of_stage = [[(slot, first + (stage * cuts + cut) * each, each) for cut in range(cuts)] for stage in range(stages)]
+    steps, share = plan.groups * stages * cuts, 0.0
 
-    def of_all(compute: Callable[[int, Place, slice], Array], since: float, until: float) -> list[list[Array]]:
-        """`compute` of every group of heads and piece of the chunks: its place, and its positions among these."""
-        results: list[list[Array]] = [[] for _ in range(plan.groups)]
-        step = (until - since) / (plan.groups * cuts)
+    def passed(part: float) -> None:
+        nonlocal share
+        share += part
+        meanwhile(share)
+
+    scores_of = []
+    for places in of_stage:
+        of_groups = []
         for group in range(plan.groups):
-            for i, (place, positions) in enumerate(pieces):
-                results[group].append(compute(group, place, positions))
-                meanwhile(since + step * (group * cuts + i + 1))
-        return results
-
-    def inside(shape: tuple[int, int], axis: int) -> Array:
-        position = lax.broadcasted_iota(jnp.int32, shape, axis)
-        return (low <= position) & (position < high)
-
-    positions = pl.ds(offset if isinstance(offset, int) else pl.multiple_of(offset, LANES), size)
-    scores_of = of_all(lambda group, place, _: _scores(r, plan, place, group), 0.0, SCORES_SHARE)
-    scores = jnp.concatenate([jnp.concatenate(of_group, axis=1) for of_group in scores_of], axis=0)
-    meanwhile(SOFTMAX_SHARE)
-    scores = scores * r.scale[item]
-    if plan.biased:
-        scores = scores + r.bias_tile[slot, :, positions].astype(jnp.float32)
-    if plan.masked:
-        scores = jnp.where(r.mask_tile[slot, :, positions] != 0.0, jnp.float32(MASK_VALUE), scores)
-    if edge:
-        scores = jnp.where(inside((1, size), 1), scores, -jnp.inf)
-
-    top = r.top[...]
-    new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-    finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # exp(-inf - -inf) would be NaN
-    weights = jnp.exp(scores - finite_top[:, :1])
-    decay = jnp.exp(top - finite_top)
-    r.top[...] = new_top
-    r.total[...] = r.total[...] * decay + jnp.sum(weights, axis=1, keepdims=True)
+            pieces = []
+            for place in places:
+                pieces.append(_scores(r, plan, place, group))
+                passed(SCORES_SHARE / steps)
+            of_groups.append(jnp.concatenate(pieces, axis=1))
+        scores_of.append(jnp.concatenate(of_groups, axis=0))
 
     # Positions without weight are dropped with their values, which may be NaN. Without a mask or a bias only those
     # outside the window are.
     selects = jnp.issubdtype(r.value_tile.dtype, jnp.floating)
     by_weight = selects and (plan.masked or plan.biased)
-    terms = _terms(weights, plan.weight_terms)
+    top, total, accumulated = r.top[...], r.total[...], r.accumulator[...]
+    for stage, (scores, places) in enumerate(zip(scores_of, of_stage, strict=True)):
+        offset = first * plan.chunk + stage * size
+        begin = tile * plan.tile + offset
+        low, high = r.start[item] - begin, r.stop[item] - begin  # the window, in these positions
 
-    def product(group: int, place: Place, positions: slice) -> Array:
-        rows = slice(group * plan.rows, (group + 1) * plan.rows)
-        value = _load(r.value_tile, plan, place, group)
-        if by_weight:
-            used = jnp.max(weights[rows, positions], axis=0, keepdims=True) > 0.0  # (1, size)
-            value = _select(value, used if plan.form == "columns" else _as_column(used))
-        elif edge and selects:
-            axis = 1 if plan.form == "columns" else 0
-            value = _select(value, inside((1, size) if axis else (size, 1), axis))
-        return _product([term[rows, positions] for term in terms], value, transposed=plan.form == "columns")
+        def inside(shape: tuple[int, int], axis: int, low: Array = low, high: Array = high) -> Array:
+            position = lax.broadcasted_iota(jnp.int32, shape, axis)
+            return (low <= position) & (position < high)
 
-    products = [functools.reduce(jnp.add, of_group) for of_group in of_all(product, SOFTMAX_SHARE, 1.0)]
-    accumulated = r.accumulator[...] * decay[:, :1]
-    if by_weight:  # what a fully masked beginning has gathered vanishes, NaN or not
-        accumulated = jnp.where(decay[:, :1] == 0.0, 0.0, accumulated)
-    r.accumulator[...] = accumulated + jnp.concatenate(products, axis=0)
+        positions = pl.ds(offset if isinstance(offset, int) else pl.multiple_of(offset, LANES), size)
+        scores = scores * r.scale[item]
+        if plan.biased:
+            scores = scores + r.bias_tile[slot, :, positions].astype(jnp.float32)
+        if plan.masked:
+            scores = jnp.where(r.mask_tile[slot, :, positions] != 0.0, jnp.float32(MASK_VALUE), scores)
+        if edge:
+            scores = jnp.where(inside((1, size), 1), scores, -jnp.inf)
+
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+        finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # exp(-inf - -inf) would be NaN
+        weights = jnp.exp(scores - finite_top[:, :1])
+        decay = jnp.exp(top - finite_top)
+        top = new_top
+        total = total * decay + jnp.sum(weights, axis=1, keepdims=True)
+        terms = split_bfloat16(weights, plan.weight_terms)
+        passed(SOFTMAX_SHARE / stages)
+
+        products = []
+        for group in range(plan.groups):
+            rows = slice(group * plan.rows, (group + 1) * plan.rows)
+            pieces = []
+            for cut, place in enumerate(places):
+                these = slice(cut * each * plan.chunk, (cut + 1) * each * plan.chunk)
+                value = _load(r.value_tile, plan, place, group)
+                if by_weight:
+                    used = jnp.max(weights[rows, these], axis=0, keepdims=True) > 0.0  # (1, positions)
+                    value = _select(value, used if plan.form == "columns" else _as_column(used))
+                elif edge and selects:
+                    axis = 1 if plan.form == "columns" else 0
+                    value = _select(value, inside((1, size) if axis else (size, 1), axis))
+                weight = [term[rows, these] for term in terms]
+                pieces.append(_product(weight, value, transposed=plan.form == "columns"))
+                passed(VALUES_SHARE / steps)
+            products.append(functools.reduce(jnp.add, pieces))
+        accumulated = accumulated * decay[:, :1]
+        if by_weight:  # what a fully masked beginning has gathered vanishes, NaN or not
+            accumulated = jnp.where(decay[:, :1] == 0.0, 0.0, accumulated)
+        accumulated = accumulated + jnp.concatenate(products, axis=0)
+    r.top[...], r.total[...], r.accumulator[...] = top, total, accumulated
 
 
 Place = tuple[Any, Any, int]
@@ -444,7 +457,7 @@ def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
 def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     """q . k for one group of heads: (rows, size) float32, unscaled."""
     key = _load(r.key_tile, plan, place, group)
-    query = _terms(r.query[0, 0, group], plan.query_terms)
+    query = split_bfloat16(r.query[0, 0, group], plan.query_terms)
     rows_are_positions = plan.form != "columns"
     if not plan.apart:
         return _product(query, key, transposed=rows_are_positions)
@@ -459,11 +472,6 @@ def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
         alone = _product(query, _select(key, mine), transposed=rows_are_positions)
         scores = jnp.where(of_head(j, plan.group, (plan.rows, 1)), alone, scores)
     return scores
-
-
-def _terms(x: Array, count: int) -> list[Array]:
-    """`x` as so many addends that its narrow factor's dtype holds; one is left to be rounded."""
-    return [x] if count == 1 else split_bfloat16(x, count)
 
 
 def _product(terms: list[Array], right: Array, *, transposed: bool) -> Array:

@@ -14,7 +14,7 @@ MAX_CHUNK = 512
 MAX_TILE = 16384
 MAX_ITEM_ROWS = 512
 MANY_COPIES = 512  # of keys, and as many of values, whose starting takes longer than the arithmetic of a tile
-MAX_CUTS = 16
+MAX_CUTS = 16  # of all stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Plan:
       item_heads, packed, width, rows: see above.
       chunk, chunks: see above; tile = chunk * chunks, a multiple of 128.
       edge_chunks: chunks in a block of a tile that the window does not fill: such a tile is computed block by block.
-      cuts: pieces in which a whole tile is multiplied, so that many copies can be started in between.
+      stages: parts of a whole tile with a softmax each.
+      cuts: pieces in which a stage is multiplied, so that many copies can be started in between.
       query_terms, weight_terms: bfloat16 numbers whose sum stands for one float32 query element or softmax weight.
       row_groups: whether the rows of a cache, positions or in columns D, are viewed in groups of 8.
       splits: parts each sequence's window is cut into, 1 or the number of cores.
@@ -60,6 +61,7 @@ class Plan:
     chunk: int
     chunks: int
     edge_chunks: int
+    stages: int
     cuts: int
     query_terms: int
     weight_terms: int
@@ -114,12 +116,14 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
     rows = _round_up(packed * group, SUBLANES)
     target = tuning.tile_bytes // position_bytes
     # Scores and weights of a tile are float32 (rows, tile), a few of them at a time.
-    target = min(target, MAX_TILE, max(LANES, tuning.tile_bytes // 4 // (4 * rows * (item_heads // packed))))
+    target = min(target, MAX_TILE, max(LANES, tuning.tile_bytes // 2 // (4 * rows * (item_heads // packed))))
     chunk = _chunk(page, alignment(kv), target)
     unit = math.lcm(chunk, LANES)
     tile = unit * max(1, min(target // unit, -(-kv.capacity // unit)))
     wide = dtype == jnp.float32
     units = tile // unit
+    stages = 2 if units % 2 == 0 else 1
+    places = MAX_CUTS if tile // chunk >= MANY_COPIES else stages
     return Plan(
         form=memory,
         batch=operands.batch,
@@ -135,7 +139,8 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
         chunk=chunk,
         chunks=tile // chunk,
         edge_chunks=next(d for d in _divisors(units) if 4 * d >= units) * (unit // chunk),
-        cuts=max(d for d in _divisors(units) if d <= MAX_CUTS) if tile // chunk >= MANY_COPIES else 1,
+        stages=stages,
+        cuts=max(d for d in _divisors(units // stages) if d * stages <= places),
         query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
         weight_terms=1 if wide else 3 if operands.precise or dtype == jnp.int8 else 2,
         row_groups=dtype.itemsize == 2 and (head_dim if memory == "columns" else kv.page_size) % SUBLANES == 0,
