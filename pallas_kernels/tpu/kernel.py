@@ -34,7 +34,7 @@ class Refs(NamedTuple):
     start, stop: (items,) int32, scale: (items,) float32, table: (B * M,) int32, all in scalar memory.
     query: (1, 1, groups, rows, width) float32 of this item, in VMEM.
     key, value: the caches in HBM. mask: (R, 1, S) float32, bias: (R, head_blocks, groups * rows, S), in HBM.
-    out: (1, groups, rows, width), lse: (1, groups * rows, 128), of this item.
+    out: (1, groups, rows, out_width), lse: (1, groups * rows, 128), of this item.
     *_tile: the slots of VMEM that copies land in. semaphores: (slots, 4).
     cursor: (3,) int32 in scalar memory: the slot to read next, and the item and tile to fetch next.
     top, total: (groups * rows, 128) float32, running maximum and sum, the same in every lane.
@@ -163,6 +163,12 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
     safe = jnp.where(some, total, 1.0)
     r.lse[0] = jnp.where(some, r.top[...] + jnp.log(safe), -jnp.inf)
     out = jnp.where(some[:, :1], r.accumulator[...] / safe[:, :1], 0.0)
+    if plan.out_width < plan.width:  # of each row the lanes of its own head
+        head = lax.div(lax.rem(lax.broadcasted_iota(jnp.int32, (out.shape[0], 1), 0), plan.rows), plan.group)
+        lanes = [out[:, j * plan.head_dim : (j + 1) * plan.head_dim] for j in range(plan.packed)]
+        out = functools.reduce(
+            lambda others, j: jnp.where(head == j, lanes[j], others), range(1, plan.packed), lanes[0]
+        )
     r.out[0] = out.reshape(r.out.shape[1:])
 
 

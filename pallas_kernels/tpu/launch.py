@@ -49,22 +49,22 @@ def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
 
     def run(plan: Plan) -> tuple[Array, Array]:
         kernel = functools.partial(decode_kernel, plan=plan, **rows)
-        out, lse = unpacked(*_call(kernel, plan, scalars, arrays), plan)
-        if plan.splits == 1:
-            return out[0], lse[0]
-        return merge_parts(out, lse, jnp.stack([masked_positions(operands, *window) for window in windows]))
+        return unpacked(*_call(kernel, plan, scalars, arrays), plan)
 
-    result = run(plan)
-    if plan.packed == 1 or key.dtype == jnp.int8:
-        return result
-    # Packed heads are kept apart by zeros in the query, and 0 * inf is NaN: a visible key that is not finite reaches
-    # its neighbours. That leaves NaN in the LSE, and then the kernel runs again with every head's keys alone.
-    spoilt = jnp.any(jnp.isnan(result[1]))
-    return jax.lax.cond(spoilt, lambda: run(dataclasses.replace(plan, apart=True)), lambda: result)
+    out, lse = run(plan)
+    if plan.packed > 1 and key.dtype != jnp.int8:
+        # Packed heads are kept apart by zeros in the query, and 0 * inf is NaN: a visible key that is not finite
+        # reaches its neighbours. That leaves NaN in the LSE, and then the kernel runs again with every head's keys
+        # alone.
+        spoilt, packed = jnp.any(jnp.isnan(lse)), (out, lse)
+        out, lse = jax.lax.cond(spoilt, lambda: run(dataclasses.replace(plan, apart=True)), lambda: packed)
+    if plan.splits == 1:
+        return out[0], lse[0]
+    return merge_parts(out, lse, jnp.stack([masked_positions(operands, *window) for window in windows]))
 
 
 def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays: list[Array]) -> tuple[Array, Array]:
-    """The kernel over all items: (items, groups, rows, width) and (items, groups * rows, 128)."""
+    """The kernel over all items: (items, groups, rows, out_width) and (items, groups * rows, 128)."""
     tuning, (query, key, value) = plan.tuning, arrays[:3]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     per_core = plan.items // tuning.cores
@@ -97,7 +97,7 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
             num_scalar_prefetch=len(scalars),
             grid=(tuning.cores, per_core),
             in_specs=[pl.BlockSpec((1, 1, *query.shape[2:]), place)] + [in_hbm] * (len(arrays) - 1),
-            out_specs=[item_block(plan.groups, plan.rows, plan.width), item_block(all_rows, LANES)],
+            out_specs=[item_block(plan.groups, plan.rows, plan.out_width), item_block(all_rows, LANES)],
             scratch_shapes=[
                 slots(plan.chunks, *chunk, dtype=key.dtype),
                 slots(plan.chunks, *chunk, dtype=value.dtype),
@@ -111,7 +111,7 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
             ],
         ),
         out_shape=[
-            result(plan.items, plan.groups, plan.rows, plan.width),
+            result(plan.items, plan.groups, plan.rows, plan.out_width),
             result(plan.items, all_rows, LANES),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -167,14 +167,16 @@ def packed_bias(bias: Array, plan: Plan) -> Array:
 
 
 def unpacked(out: Array, lse: Array, plan: Plan) -> tuple[Array, Array]:
-    """The kernel's (items, groups, rows, width) and (items, groups * rows, 128) to (splits, B, K, G, D) and
+    """The kernel's (items, groups, rows, out_width) and (items, groups * rows, 128) to (splits, B, K, G, D) and
     (splits, B, K, G).
     """
     used = plan.splits * plan.batch * plan.head_blocks
     blocks = (plan.splits, plan.batch, plan.head_blocks, plan.groups)
     rows = slice(0, plan.packed * plan.group)
-    out = out[:used, :, rows].reshape(*blocks, plan.packed, plan.group, plan.packed, plan.head_dim)
-    out = jnp.stack([out[..., j, :, j, :] for j in range(plan.packed)], axis=4)  # what is off the diagonal is nothing
+    out = out[:used, :, rows]
+    if plan.out_width == plan.width:
+        out = out.reshape(*blocks, plan.packed, plan.group, plan.packed, plan.head_dim)
+        out = jnp.stack([out[..., j, :, j, :] for j in range(plan.packed)], axis=4)  # the diagonal
     out = out.reshape(plan.splits, plan.batch, plan.num_heads, plan.group, plan.head_dim)
     lse = lse[:used, :, 0].reshape(*blocks, plan.rows)[..., rows]
     return out, lse.reshape(plan.splits, plan.batch, plan.num_heads, plan.group)

@@ -78,6 +78,11 @@ class Plan:
         return self.chunk * self.chunks
 
     @property
+    def out_width(self) -> int:
+        """Lanes of a row of the output: D where heads lie in lanes of their own, else all, its own among others'."""
+        return self.head_dim if self.head_dim % LANES == 0 else self.width
+
+    @property
     def groups(self) -> int:
         """Groups of packed heads in an item."""
         return self.item_heads // self.packed
