@@ -40,6 +40,11 @@ def test_the_kernel_is_the_default_on_tpus_only(call: Call) -> None:
         assert not has_kernel(lowered(call, platform))
 
 
+def test_the_kernel_is_taken_where_python_numbers_have_64_bits() -> None:
+    with jax.enable_x64(True):
+        assert has_kernel(lowered(dataclasses.replace(CALL, block=16, mask=True, bias=True)))
+
+
 def test_what_the_kernel_cannot_do_falls_through_to_xla() -> None:
     assert not has_kernel(lowered(dataclasses.replace(CALL, cache="float16", query="float16")))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cases import Case, assert_close, run_reference
 from test_grid import grid
-from tpu_interpreter import interpret, small_tiles
+from tpu_interpreter import interpret, small_tiles, tiles_in_stages
 
 from jax_ifa import incre_flash_attention
 
@@ -70,6 +70,21 @@ CASES = FEW + MORE + FULL_GRID if os.environ.get("JAX_IFA_FULL_TPU_GRID") else F
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
+    args, kwargs = case.inputs()
+    assert_close(*interpret(args, kwargs), args, kwargs)
+
+
+@pytest.mark.parametrize("many_copies", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=2, heads=8, head_dim=128, capacity=1100, block=16, dtype="bfloat16", lengths=(1100, 700)),
+        Case(batch=1, head_dim=64, capacity=2100, mask="2d", bias="batch", padding=3, lengths=(2000,)),
+    ],
+    ids=str,
+)
+def test_tiles_in_stages(case: Case, many_copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles_in_stages(monkeypatch, many_copies=many_copies)
     args, kwargs = case.inputs()
     assert_close(*interpret(args, kwargs), args, kwargs)
 
@@ -166,6 +181,13 @@ def test_a_row_whose_every_score_is_minus_infinity_is_empty(monkeypatch: pytest.
     assert np.all(np.asarray(out, np.float32)[0] == 0)
     assert np.all(np.isneginf(np.asarray(lse)[0]))
     assert_close(out, lse, args, kwargs)
+
+
+def test_64_bit_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    args, kwargs = Case(batch=1, head_dim=128, capacity=300, block=16, mask="2d", dtype="bfloat16").inputs()
+    with jax.enable_x64(True):
+        assert_close(*interpret(args, kwargs), args, kwargs)
 
 
 def test_vmap_joins_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from cases import Case, assert_close
-from tpu_interpreter import interpret, small_tiles
+from tpu_interpreter import interpret, small_tiles, tiles_in_stages
 
 from pallas_kernels.tpu import kernel
 
@@ -22,6 +22,14 @@ def test_no_races(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
     small_tiles(monkeypatch)
     args, kwargs = case.inputs()
     # JAX raises if there is a race.
+    assert_close(*interpret(args, kwargs, detect_races=True, dma_execution_mode=mode), args, kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("many_copies", [False, True])
+def test_no_races_of_tiles_in_stages(many_copies: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles_in_stages(monkeypatch, many_copies=many_copies)
+    args, kwargs = Case(batch=1, head_dim=128, capacity=1100, block=16, dtype="bfloat16", lengths=(1100,)).inputs()
     assert_close(*interpret(args, kwargs, detect_races=True, dma_execution_mode=mode), args, kwargs)
 
 

@@ -10,14 +10,20 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_ifa import incre_flash_attention
-from pallas_kernels.tpu import lowering
+from pallas_kernels.tpu import lowering, plan
 from pallas_kernels.tpu.tuning import Tuning
 
 
-def small_tiles(monkeypatch: pytest.MonkeyPatch, *, cores: int = 1) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch, *, cores: int = 1, tile_bytes: int = 1 << 16) -> None:
     """Tiles of 128 positions, so that a few hundred make several, some of them whole."""
-    tuning = Tuning(cores=cores, slots=3, matrix_width=128, tile_bytes=1 << 16, vmem_limit_bytes=1 << 24)
+    tuning = Tuning(cores=cores, slots=3, matrix_width=128, tile_bytes=tile_bytes, vmem_limit_bytes=1 << 24)
     monkeypatch.setattr(lowering, "tuning_for", lambda kind: tuning)
+
+
+def tiles_in_stages(monkeypatch: pytest.MonkeyPatch, *, many_copies: bool) -> None:
+    """Tiles of a few hundred positions, that make two stages; as where copies are few, or where they are many."""
+    small_tiles(monkeypatch, tile_bytes=1 << 18)
+    monkeypatch.setattr(plan, "MANY_COPIES", 1 if many_copies else 1 << 30)
 
 
 def interpret(

@@ -210,8 +210,8 @@ class _Fetch:
         row = lax.div(item, self.plan.head_blocks)
         return lax.rem(row, self.plan.batch), lax.rem(item, self.plan.head_blocks)
 
-    def _copies(self, item: Array, tile: Array, j: Any, slot: Array) -> tuple[Any, Any]:
-        """The copies of chunk j of the tile, of keys and of values, which share what finds the page."""
+    def _start(self, item: Array, tile: Array, j: Any, slot: Array, parts: Sequence[int] = (KEY, VALUE)) -> None:
+        """Starts the copies of chunk j of the tile, of keys and values, which share what finds the page."""
         plan, refs = self.plan, self.refs
         sequence, block = self._place(item)
         chunk = tile * plan.chunks + j
@@ -239,10 +239,9 @@ class _Fetch:
                 width = plan.item_heads * plan.head_dim
                 lanes = pl.ds(pl.multiple_of(block * width, LANES) if plan.head_blocks > 1 else 0, width)
                 index = (page, *rows, lanes)
-        return (
-            pltpu.make_async_copy(refs.key.at[index], refs.key_tile.at[slot, j], refs.semaphores.at[slot, KEY]),
-            pltpu.make_async_copy(refs.value.at[index], refs.value_tile.at[slot, j], refs.semaphores.at[slot, VALUE]),
-        )
+        for part in parts:
+            pages, tiles = (refs.key, refs.key_tile) if part == KEY else (refs.value, refs.value_tile)
+            pltpu.make_async_copy(pages.at[index], tiles.at[slot, j], refs.semaphores.at[slot, part]).start()
 
     def _row_copies(self, item: Array, tile: Array, slot: Array) -> list[Any]:
         """The copies of the mask's and the bias's part of a tile."""
@@ -260,9 +259,7 @@ class _Fetch:
     def start_full(self, item: Array, tile: Array, slot: Array, parts: Sequence[int], chunks: range) -> None:
         """Starts the copies of some chunks of a whole tile, of KEY, VALUE or both."""
         for j in chunks:
-            copies = self._copies(item, tile, j, slot)
-            for part in parts:
-                copies[part].start()
+            self._start(item, tile, j, slot, parts)
 
     def start_along(self, item: Array, tile: Array, slot: Array) -> Callable[[float], None]:
         """Begins to start the copies of a whole tile; the function that comes back goes on.
@@ -295,8 +292,7 @@ class _Fetch:
         low, high = self._chunks(item, tile)
 
         def start(j: Array, _: None) -> None:
-            for copy in self._copies(item, tile, j, slot):
-                copy.start()
+            self._start(item, tile, j, slot)
 
         lax.fori_loop(low, high, start, None)
 

@@ -64,7 +64,9 @@ def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: b
     """For TPUs, and for the interpreter anywhere."""
     if or_xla and partitioned_by_xla(context):
         return lower_as(xla.attend, context, *leaves, tree=tree)
-    return lower_as(functools.partial(_attend, device_kind=device_kind_of(context)), context, *leaves, tree=tree)
+    loop = functools.partial(_attend, device_kind=device_kind_of(context))
+    with jax.enable_x64(False):  # Pallas kernels are 32-bit, also in a program whose Python numbers are not
+        return lower_as(loop, context, *leaves, tree=tree)
 
 
 def _lower_elsewhere(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
