@@ -21,8 +21,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, *, cores: int = 1, tile_bytes: 
 
 
 def tiles_in_stages(monkeypatch: pytest.MonkeyPatch, *, many_copies: bool) -> None:
-    """Tiles of a few hundred positions, that make two stages; as where copies are few, or where they are many."""
-    small_tiles(monkeypatch, tile_bytes=1 << 18)
+    """Tiles of 512 positions, in two stages of two cuts where copies are many."""
+    small_tiles(monkeypatch, tile_bytes=1 << 19)
     monkeypatch.setattr(plan, "MANY_COPIES", 1 if many_copies else 1 << 30)
 
 
