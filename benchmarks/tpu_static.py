@@ -231,7 +231,7 @@ class Store:
     def rows(self) -> list[dict[str, Any]]:
         """What is stored of this kernel."""
         stored = json.loads(self.json.read_text()) if self.json.exists() else []
-        return [row for row in stored if row["kernel"] == self.kernel]
+        return [row for row in stored if row.get("kernel") == self.kernel]
 
     def __contains__(self, wanted: str) -> bool:
         return any(row["key"] == wanted for row in self.rows())
