@@ -85,6 +85,8 @@ def cases() -> list[Call]:
                 rows.append(Call(**shape, layout="BNSD", block=small))
             if (heads, kv_heads) == (32, 8):
                 rows += [Call(**shape, layout=layout) for layout in ("BSH", "BNSD")]
+                if head_dim % 128 == 0 and cache == "bfloat16":
+                    rows.append(Call(**shape, layout="BSND"))
     return rows
 
 

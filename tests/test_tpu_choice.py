@@ -68,6 +68,14 @@ UNSUPPORTED = {
     ),
     "narrow rows": (dict(block=16, head_dim=16, layout="BSH"), r"pages of 16 positions with D=16 and K=2 block by"),
     "rows that split heads": (dict(head_dim=7, layout="BSH"), r"rows of K\*D=14 numbers .* D is a multiple of 8"),
+    "a bias over heads in a tile": (
+        dict(head_dim=128, heads=8, kv_heads=8, layout="BSND", bias="batch"),
+        r"a bias would have to be spread over the heads of a \(B, S, K, D\) cache",
+    ),
+    "part of a tile": (
+        dict(head_dim=128, heads=8, kv_heads=8, capacity=50, layout="BSND"),
+        r"where S\*K is a multiple of 32",
+    ),
     "heads in a tile": (dict(head_dim=128, layout="BSND"), r"\(B, S, K, D\) cache with D a multiple of 128 .*BSH"),
 }
 

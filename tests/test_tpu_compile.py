@@ -33,6 +33,8 @@ CALLS = [
     Call(layout="BSH", block=16, head_dim=80, capacity=LONG),
     Call(layout="BSH", block=16, head_dim=96, capacity=LONG),
     Call(layout="BSND", head_dim=64, mask=True),
+    Call(layout="BSND"),
+    Call(layout="BSND", mask=True, cache="float32", query="float32"),
     Call(head_dim=64, cache="int8", mask=True, bias=True, padding=True),
     Call(head_dim=80),
     Call(head_dim=96, block=128),

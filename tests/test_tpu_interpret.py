@@ -42,6 +42,7 @@ FEW = [
     Case(**COMMON, layout="BSH", lengths="zero", mask="3d:uint8:full", padding=5, dtype="bfloat16"),
     Case(**COMMON, layout="BSND", block=32, int8=True, dtype="bfloat16", offset=True, quant="channel_offset"),
     Case(**COMMON | dict(head_dim=128), block=16, lengths="zero", dtype="bfloat16"),
+    Case(heads=16, kv_heads=8, head_dim=128, capacity=52, layout="BSND", mask="2d:int8:full", padding=3),
     Case(**COMMON, flat_pages=True, block=1024, bias="shared"),
     # shapes of heads, precision
     Case(batch=1, heads=9, kv_heads=3, head_dim=128, capacity=400, dtype="bfloat16", inner_precise=0),
@@ -155,6 +156,20 @@ def test_a_key_that_is_not_finite_spoils_its_own_head_only(
     np.testing.assert_allclose(lse[others], expected_lse[others], rtol=2e-6, atol=4e-6)
     out, expected = (x.reshape(2, 4, head_dim)[others] for x in (out, expected))
     np.testing.assert_allclose(out, expected, rtol=0, atol=2**-8 * max(1.0, np.abs(expected).max()))
+
+
+def test_a_value_that_is_not_finite_spoils_its_own_head_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the heads of a position lie in one tile, and the product of a zero with it is NaN."""
+    small_tiles(monkeypatch)
+    case = Case(batch=2, heads=16, kv_heads=8, head_dim=128, capacity=52, layout="BSND", dtype="bfloat16")
+    args, kwargs = case.inputs()
+    expected, _ = run_reference(args, kwargs)
+    args[2][0, 40, 1, 3] = np.nan
+    out = np.asarray(interpret(args, kwargs)[0], np.float64)
+    spoilt = np.zeros(out.shape, bool)
+    spoilt[0, 0, 2:4, 3] = True
+    assert np.all(np.isnan(out[spoilt]))
+    np.testing.assert_allclose(out[~spoilt], expected[~spoilt], rtol=0, atol=2**-8 * max(1.0, np.abs(expected).max()))
 
 
 def test_garbage_in_the_table_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:

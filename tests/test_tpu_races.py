@@ -12,6 +12,7 @@ CASES = [
     Case(batch=3, head_dim=128, capacity=640, block=16, dtype="bfloat16", lengths=(640, 0, 300)),
     Case(batch=2, head_dim=64, capacity=640, layout="BSH", mask="2d", bias="batch"),
     Case(batch=1, head_dim=64, capacity=640, int8=True, padding=9, lengths=(600,)),
+    Case(batch=1, heads=8, kv_heads=8, head_dim=128, capacity=52, layout="BSND", dtype="bfloat16"),
 ]
 MODES = ["on_wait", "eager"]
 

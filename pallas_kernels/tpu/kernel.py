@@ -396,6 +396,10 @@ def _accumulate(
             scores = jnp.where(r.mask_tile[slot, :, positions] != 0.0, jnp.float32(MASK_VALUE), scores)
         if edge:
             scores = jnp.where(inside((1, size), 1), scores, -jnp.inf)
+        if plan.interleaved > 1:
+            head_of_row = lax.div(lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0), plan.group // plan.interleaved)
+            head_of_position = lax.rem(begin + lax.broadcasted_iota(jnp.int32, (1, size), 1), plan.interleaved)
+            scores = jnp.where(head_of_row == head_of_position, scores, -jnp.inf)
 
         new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
         finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # exp(-inf - -inf) would be NaN
@@ -420,7 +424,10 @@ def _accumulate(
                     axis = 1 if plan.form == "columns" else 0
                     value = _select(value, inside((1, size) if axis else (size, 1), axis))
                 weight = [term[rows, these] for term in terms]
-                pieces.append(_product(weight, value, transposed=plan.form == "columns"))
+                if plan.apart and plan.interleaved > 1:
+                    pieces.append(_products_apart(plan, weight, value, begin + cut * each * plan.chunk))
+                else:
+                    pieces.append(_product(weight, value, transposed=plan.form == "columns"))
                 passed(VALUES_SHARE / steps)
             products.append(functools.reduce(jnp.add, pieces))
         accumulated = accumulated * decay[:, :1]
@@ -461,7 +468,7 @@ def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     key = _load(r.key_tile, plan, place, group)
     query = split_bfloat16(r.query[0, 0, group], plan.query_terms)
     rows_are_positions = plan.form != "columns"
-    if not plan.apart:
+    if not plan.apart or plan.packed == 1:
         return _product(query, key, transposed=rows_are_positions)
 
     def of_head(j: int, size: int, shape: tuple[int, int]) -> Array:
@@ -474,6 +481,18 @@ def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
         alone = _product(query, _select(key, mine), transposed=rows_are_positions)
         scores = jnp.where(of_head(j, plan.group, (plan.rows, 1)), alone, scores)
     return scores
+
+
+def _products_apart(plan: Plan, weights: list[Array], value: Array, begin: Array) -> Array:
+    """The weights of each head times its own values among interleaved ones: (rows, D) float32."""
+    head_of_row = lax.div(lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0), plan.group // plan.interleaved)
+    head_of_position = lax.rem(begin + lax.broadcasted_iota(jnp.int32, (value.shape[0], 1), 0), plan.interleaved)
+
+    def add(head: Array, products: Array) -> Array:
+        alone = _product(weights, _select(value, head_of_position == head), transposed=False)
+        return jnp.where(head_of_row == head, alone, products)
+
+    return lax.fori_loop(0, plan.interleaved, add, jnp.zeros((plan.rows, value.shape[1]), jnp.float32))
 
 
 def _product(terms: list[Array], right: Array, *, transposed: bool) -> Array:

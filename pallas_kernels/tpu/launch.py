@@ -22,13 +22,13 @@ from pallas_kernels.tpu.tuning import Tuning
 NAME = "incre_flash_attention"
 
 
-def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
+def launch(operands: Operands, tuning: Tuning, interleaved: int = 1) -> tuple[Array, Array]:
     """(out, lse) of `operands`, whose windows end at a multiple of `storage.alignment` or inside a page.
 
     Its table must fit in scalar memory, and its contiguous cache is read only up to the last aligned position; see
-    `parts.py` for the rest.
+    `parts.py` for the rest. `interleaved` heads take turns in the positions of the only kv head; see `Plan`.
     """
-    plan = make_plan(operands, tuning)
+    plan = make_plan(operands, tuning, interleaved)
     kv = operands.kv
     windows = split_windows(operands, plan)
     starts, stops = zip(*windows, strict=True)
@@ -52,15 +52,16 @@ def launch(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
         return unpacked(*_call(kernel, plan, scalars, arrays), plan)
 
     out, lse = run(plan)
-    if plan.packed > 1 and key.dtype != jnp.int8:
+    if plan.packed * plan.interleaved > 1 and key.dtype != jnp.int8:
         # Packed heads are kept apart by zeros in the query, and 0 * inf is NaN: a visible key that is not finite
         # reaches its neighbours. That leaves NaN in the LSE, and then the kernel runs again with every head's keys
-        # alone.
-        spoilt, packed = jnp.any(jnp.isnan(lse)), (out, lse)
+        # alone. Of interleaved heads the values do the same, and leave NaN in the output.
+        spoilt, packed = jnp.any(jnp.isnan(lse if plan.interleaved == 1 else out)), (out, lse)
         out, lse = jax.lax.cond(spoilt, lambda: run(dataclasses.replace(plan, apart=True)), lambda: packed)
     if plan.splits == 1:
         return out[0], lse[0]
-    return merge_parts(out, lse, jnp.stack([masked_positions(operands, *window) for window in windows]))
+    masked = jnp.stack([masked_positions(operands, *window) for window in windows])
+    return merge_parts(out, lse, masked / plan.interleaved)
 
 
 def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays: list[Array]) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 ends      a contiguous cache whose capacity is not whole rows or lanes of memory: a copy can neither begin nor end
           inside one, so XLA attends to the last few positions
+heads     a contiguous cache that has the heads of a position in one tile: as one head's cache
 tables    a block table too large for scalar memory: by sequences, and, were one row too large, by columns
 """
 
@@ -14,7 +15,7 @@ from jax_ifa import xla
 from jax_ifa.operands import KVView, Operands
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.merging import masked_positions, merge_parts
-from pallas_kernels.tpu.storage import alignment
+from pallas_kernels.tpu.storage import alignment, interleaved
 from pallas_kernels.tpu.tuning import Tuning
 
 MAX_TABLE_ENTRIES = 1 << 16
@@ -23,6 +24,8 @@ MAX_TABLE_ENTRIES = 1 << 16
 
 def attend(operands: Operands, tuning: Tuning, max_table_entries: int = MAX_TABLE_ENTRIES) -> tuple[Array, Array]:
     """`Operands` to (out (B, K, G, D), lse (B, K, G)), both float32, in as many launches as it takes."""
+    if interleaved(operands.kv):
+        return _interleaved(operands, tuning)
     if operands.kv.table is None:
         return _contiguous(operands, tuning)
     width = operands.kv.table.shape[1]
@@ -40,6 +43,35 @@ def attend(operands: Operands, tuning: Tuning, max_table_entries: int = MAX_TABL
         ]
         return jnp.concatenate([out for out, _ in parts]), jnp.concatenate([lse for _, lse in parts])
     return launch(operands, tuning)
+
+
+def _interleaved(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:
+    """The call on a cache of one kv head with S * K positions, of which each query head sees those of its kv head."""
+    kv = operands.kv
+    batch, heads, group, head_dim = operands.query.shape
+    rows = (batch, 1, kv.capacity * heads, head_dim)
+    one_head = dataclasses.replace(
+        operands,
+        query=operands.query.reshape(batch, 1, heads * group, head_dim),
+        start=operands.start * heads,
+        stop=operands.stop * heads,
+        mask=None if operands.mask is None else _each_column(operands.mask, heads),
+        kv=dataclasses.replace(kv, key=kv.key.reshape(rows), value=kv.value.reshape(rows), head_major=True),
+    )
+    out, lse = launch(one_head, tuning, interleaved=heads)
+    return out.reshape(operands.query.shape), lse.reshape(batch, heads, group)
+
+
+def _each_column(mask: Array, times: int) -> Array:
+    """(R, S) to (R, S * times), 0 or 1, each column so many times.
+
+    As a product: XLA would lay out the short axis of a plain `repeat` in 128 lanes, in more memory than may be spent.
+    """
+    short = 16
+    rows, positions = mask.shape
+    columns = jnp.pad((mask != 0).astype(jnp.bfloat16), ((0, 0), (0, -positions % short))).reshape(rows, -1, short)
+    repeated = jnp.repeat(jnp.eye(short, dtype=jnp.bfloat16), times, axis=1)
+    return (columns @ repeated).reshape(rows, -1)[:, : positions * times]
 
 
 def _contiguous(operands: Operands, tuning: Tuning) -> tuple[Array, Array]:

@@ -44,7 +44,10 @@ class Plan:
       splits: parts each sequence's window is cut into, 1 or the number of cores.
       masked, biased: whether there is a mask, a bias.
       tuning: see `Tuning`.
-      apart: multiply the keys of each head alone, though heads are packed; for keys that are not finite.
+      interleaved: kv heads that take turns in the positions of a cache of one: position t is of head t % interleaved,
+        and the query rows are those of one head after the other.
+      apart: multiply each head's keys alone, though heads are packed, or its values, though they are interleaved; for
+        what is not finite.
     """
 
     form: str
@@ -70,6 +73,7 @@ class Plan:
     masked: bool
     biased: bool
     tuning: Tuning
+    interleaved: int = 1
     apart: bool = False
 
     @property
@@ -108,7 +112,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def make_plan(operands: Operands, tuning: Tuning) -> Plan:
+def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
     """The plan of one launch over `operands`, whose capacity is a multiple of `storage.alignment`."""
     kv = operands.kv
     dtype = kv.key.dtype
@@ -153,6 +157,7 @@ def make_plan(operands: Operands, tuning: Tuning) -> Plan:
         masked=operands.mask is not None,
         biased=operands.bias is not None,
         tuning=tuning,
+        interleaved=interleaved,
     )
 
 

@@ -27,6 +27,15 @@ def form(kv: KVView) -> str:
     return "lanes" if num_heads * head_dim % LANES == 0 else "columns"
 
 
+def interleaved(kv: KVView) -> bool:
+    """Whether the heads of a position fill tiles of memory together: (B, S, K, D), D fills lanes and K rows.
+
+    The same memory is (B, S * K, D), the cache of one kv head that has the K heads' keys in turn.
+    """
+    contiguous = kv.table is None and not kv.flat and not kv.head_major
+    return contiguous and kv.num_kv_heads % 8 == 0 and kv.key.shape[-1] % LANES == 0 and kv.key.dtype != jnp.int8
+
+
 def view(pages: Array, *, head_major: bool, to: str) -> Array:
     """`pages` of a `KVView` in the axis order of a form. Where `unsupported_reason` is None, XLA moves nothing."""
     if to == "lanes":
@@ -62,9 +71,18 @@ def unsupported_reason(operands: Operands) -> str | None:
         return f"copies begin at multiples of {alignment(kv)} positions, and pages of {kv.page_size} do not"
     if form(kv) == "columns" and kv.flat and not kv.head_major and head_dim % 8:
         return f"rows of K*D={kv.num_kv_heads * head_dim} numbers split into heads only where D is a multiple of 8"
-    if form(kv) == "heads" and not kv.head_major and kv.num_kv_heads > 1:
+    if interleaved(kv):
+        if operands.bias is not None:
+            return (
+                "a bias would have to be spread over the heads of a (B, S, K, D) cache, whose positions lie in tiles "
+                "with all their heads; use input_layout 'BSH', where the same numbers are (B, S, K*D)"
+            )
+        if kv.capacity * kv.num_kv_heads % ROWS:
+            return f"a (B, S, K, D) cache is read in whole tiles, where S*K is a multiple of {ROWS}"
+    elif form(kv) == "heads" and not kv.head_major and kv.num_kv_heads > 1:
         return (
             "XLA stores a (B, S, K, D) cache with D a multiple of 128 position by position, all heads of one in a "
-            "tile; use input_layout 'BSH', where the same numbers are (B, S, K*D)"
+            "tile, which the kernel reads in place only for K a multiple of 8 and not int8; use input_layout 'BSH', "
+            "where the same numbers are (B, S, K*D)"
         )
     return None
