@@ -111,8 +111,15 @@ def test_cores_share_the_work(batch: int, cores: int, monkeypatch: pytest.Monkey
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("layout, head_dim, block", [("BNSD", 128, 16), ("BSH", 64, 16), ("BNSD", 64, 0)])
+@pytest.mark.parametrize(
+    "layout, head_dim, block, dtype",
+    [
+        ("BNSD", 128, 16, "bfloat16"),
+        ("BSH", 64, 16, "float32"),
+        ("BNSD", 64, 0, "bfloat16"),
+        ("BNSD", 64, 0, "float32"),
+    ],
+)
 def test_nan_outside_the_window_and_under_the_mask_never_leaks(
     layout: str, head_dim: int, block: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +191,7 @@ def test_garbage_in_the_table_is_never_followed(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(np.asarray(lse, np.float64), expected[1], rtol=2e-6, atol=4e-6)
 
 
-@pytest.mark.parametrize("entries", [100, 16])
+@pytest.mark.parametrize("entries", [60, 16])
 def test_a_table_too_large_for_scalar_memory_is_cut(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By sequences while a row of it fits, else by columns too."""
     from pallas_kernels.tpu import parts
@@ -192,7 +199,7 @@ def test_a_table_too_large_for_scalar_memory_is_cut(entries: int, monkeypatch: p
     small_tiles(monkeypatch)
     whole = parts.attend
     monkeypatch.setattr(parts, "attend", lambda operands, tuning, _=0: whole(operands, tuning, entries))
-    case = Case(batch=5, head_dim=128, capacity=700, block=16, mask="2d", bias="batch", lengths="zero")
+    case = Case(batch=3, head_dim=128, capacity=400, block=16, mask="2d", bias="batch", lengths="zero")
     args, kwargs = case.inputs()
     assert_close(*interpret(args, kwargs), args, kwargs)
 

@@ -65,7 +65,8 @@ class ContiguousCache(Storage):
           head_dim: D.
           dtype: float32, bfloat16, float16, or int8, which needs `antiquant_scale`.
           input_layout: "BNSD", "BSND" or "BSH": of this cache, of what is appended, and of the queries. On TPUs
-            take "BSH" where D is a multiple of 128 and K > 1: the kernel does not read such "BSND" caches in place.
+            take "BSH" where D is a multiple of 128 and K > 1: the kernel reads such "BSND" caches only for K a multiple
+            of 8, and with more arithmetic.
           antiquant_scale: for int8, which stands for ``(x + offset) * scale``: positive, any floating point dtype, per
             tensor (2,) or per channel (2, K, D), (2, K, 1, D), (2, 1, K, D) or (2, K*D); index 0 for keys. It is
             copied. `calibrate_antiquant` makes it.
