@@ -32,9 +32,9 @@ class Refs(NamedTuple):
     """Where everything is. Optional ones are None where the plan has no use for them.
 
     start, stop: (items,) int32, scale: (items,) float32, table: (B * M,) int32, all in scalar memory.
-    query: (1, 1, groups, rows, width) float32 of this item, in VMEM.
+    query: (1, 1, groups, rows, own_width) float32 of this item, in VMEM.
     key, value: the caches in HBM. mask: (R, 1, S) float32, bias: (R, head_blocks, groups * rows, S), in HBM.
-    out: (1, groups, rows, out_width), lse: (1, groups * rows, 128), of this item.
+    out: (1, groups, rows, own_width), lse: (1, groups * rows, 128), of this item.
     *_tile: the slots of VMEM that copies land in. semaphores: (slots, 4).
     cursor: (3,) int32 in scalar memory: the slot to read next, and the item and tile to fetch next.
     top, total: (groups * rows, 128) float32, running maximum and sum, the same in every lane.
@@ -163,13 +163,17 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
     safe = jnp.where(some, total, 1.0)
     r.lse[0] = jnp.where(some, r.top[...] + jnp.log(safe), -jnp.inf)
     out = jnp.where(some[:, :1], r.accumulator[...] / safe[:, :1], 0.0)
-    if plan.out_width < plan.width:  # of each row the lanes of its own head
-        head = lax.div(lax.rem(lax.broadcasted_iota(jnp.int32, (out.shape[0], 1), 0), plan.rows), plan.group)
-        lanes = [out[:, j * plan.head_dim : (j + 1) * plan.head_dim] for j in range(plan.packed)]
-        out = functools.reduce(
-            lambda others, j: jnp.where(head == j, lanes[j], others), range(1, plan.packed), lanes[0]
-        )
+    if plan.own_width < plan.width:
+        out, *others = jnp.split(out, plan.width // plan.own_width, axis=1)
+        for i, other in enumerate(others, 1):
+            out = jnp.where(_own_lanes(plan, total.shape[0]) == i, other, out)
     r.out[0] = out.reshape(r.out.shape[1:])
+
+
+def _own_lanes(plan: Plan, rows: int) -> Array:
+    """(rows, 1): of a group's `width` lanes, which `own_width` ones each row has its own head in."""
+    row = lax.rem(lax.broadcasted_iota(jnp.int32, (rows, 1), 0), plan.rows)
+    return lax.div(row, plan.own_width // plan.head_dim * plan.group)
 
 
 class _Fetch:
@@ -466,7 +470,11 @@ def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
 def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     """q . k for one group of heads: (rows, size) float32, unscaled."""
     key = _load(r.key_tile, plan, place, group)
-    query = split_bfloat16(r.query[0, 0, group], plan.query_terms)
+    query = r.query[0, 0, group]
+    if plan.own_width < plan.width:
+        places = range(plan.width // plan.own_width)
+        query = jnp.concatenate([jnp.where(_own_lanes(plan, plan.rows) == i, query, 0.0) for i in places], axis=1)
+    query = split_bfloat16(query, plan.query_terms)
     rows_are_positions = plan.form != "columns"
     if not plan.apart or plan.packed == 1:
         return _product(query, key, transposed=rows_are_positions)

@@ -65,7 +65,7 @@ def launch(operands: Operands, tuning: Tuning, interleaved: int = 1) -> tuple[Ar
 
 
 def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays: list[Array]) -> tuple[Array, Array]:
-    """The kernel over all items: (items, groups, rows, out_width) and (items, groups * rows, 128)."""
+    """The kernel over all items: (items, groups, rows, own_width) and (items, groups * rows, 128)."""
     tuning, (query, key, value) = plan.tuning, arrays[:3]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     per_core = plan.items // tuning.cores
@@ -98,7 +98,7 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
             num_scalar_prefetch=len(scalars),
             grid=(tuning.cores, per_core),
             in_specs=[pl.BlockSpec((1, 1, *query.shape[2:]), place)] + [in_hbm] * (len(arrays) - 1),
-            out_specs=[item_block(plan.groups, plan.rows, plan.out_width), item_block(all_rows, LANES)],
+            out_specs=[item_block(plan.groups, plan.rows, plan.own_width), item_block(all_rows, LANES)],
             scratch_shapes=[
                 slots(plan.chunks, *chunk, dtype=key.dtype),
                 slots(plan.chunks, *chunk, dtype=value.dtype),
@@ -112,7 +112,7 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
             ],
         ),
         out_shape=[
-            result(plan.items, plan.groups, plan.rows, plan.out_width),
+            result(plan.items, plan.groups, plan.rows, plan.own_width),
             result(plan.items, all_rows, LANES),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -147,16 +147,14 @@ def per_item(values: Sequence[Array], plan: Plan) -> Array:
 
 
 def packed_query(query: Array, plan: Plan) -> Array:
-    """(B, K, G, D) to (B, head_blocks, groups, rows, width): block diagonal; see `Plan`."""
+    """(B, K, G, D) to (B, head_blocks, groups, rows, own_width): block diagonal, in the lanes that a row has."""
     blocks = (plan.batch, plan.head_blocks, plan.groups)
-    query = query.reshape(*blocks, plan.packed, plan.group, plan.head_dim)
-    none = (0, 0)
-    diagonal = [
-        jnp.pad(query[:, :, :, j], (none,) * 4 + ((j * plan.head_dim, plan.width - (j + 1) * plan.head_dim),))
-        for j in range(plan.packed)
-    ]
-    query = jnp.concatenate(diagonal, axis=3)
-    return jnp.pad(query, (none,) * 3 + ((0, plan.rows - plan.packed * plan.group), none))
+    query = query.reshape(*blocks, plan.packed * plan.group, plan.head_dim)
+    query = jnp.pad(query, ((0, 0),) * 3 + ((0, plan.rows - plan.packed * plan.group), (0, 0)))
+    head_of_row = jnp.arange(plan.rows, dtype=jnp.int32)[:, None] // plan.group
+    head_of_lane = jnp.arange(plan.own_width, dtype=jnp.int32)[None] // plan.head_dim
+    together = plan.own_width // plan.head_dim
+    return jnp.where(head_of_row % together == head_of_lane, jnp.concatenate([query] * together, axis=-1), 0.0)
 
 
 def packed_bias(bias: Array, plan: Plan) -> Array:
@@ -168,16 +166,16 @@ def packed_bias(bias: Array, plan: Plan) -> Array:
 
 
 def unpacked(out: Array, lse: Array, plan: Plan) -> tuple[Array, Array]:
-    """The kernel's (items, groups, rows, out_width) and (items, groups * rows, 128) to (splits, B, K, G, D) and
+    """The kernel's (items, groups, rows, own_width) and (items, groups * rows, 128) to (splits, B, K, G, D) and
     (splits, B, K, G).
     """
     used = plan.splits * plan.batch * plan.head_blocks
     blocks = (plan.splits, plan.batch, plan.head_blocks, plan.groups)
     rows = slice(0, plan.packed * plan.group)
     out = out[:used, :, rows]
-    if plan.out_width == plan.width:
-        out = out.reshape(*blocks, plan.packed, plan.group, plan.packed, plan.head_dim)
-        out = jnp.stack([out[..., j, :, j, :] for j in range(plan.packed)], axis=4)  # the diagonal
+    together = plan.own_width // plan.head_dim  # heads in the lanes of a row, of which one is its own
+    out = out.reshape(*blocks, plan.packed // together, together, plan.group, together, plan.head_dim)
+    out = jnp.stack([out[..., j, :, j, :] for j in range(together)], axis=5)
     out = out.reshape(plan.splits, plan.batch, plan.num_heads, plan.group, plan.head_dim)
     lse = lse[:used, :, 0].reshape(*blocks, plan.rows)[..., rows]
     return out, lse.reshape(plan.splits, plan.batch, plan.num_heads, plan.group)

@@ -82,9 +82,10 @@ class Plan:
         return self.chunk * self.chunks
 
     @property
-    def out_width(self) -> int:
-        """Lanes of a row of the output: D where heads lie in lanes of their own, else all, its own among others'."""
-        return self.head_dim if self.head_dim % LANES == 0 else self.width
+    def own_width(self) -> int:
+        """Lanes of a row in the query and the output: the fewest heads, its own among them, that fill whole lanes."""
+        whole = math.lcm(self.head_dim, LANES)
+        return whole if self.width % whole == 0 else self.width
 
     @property
     def groups(self) -> int:
