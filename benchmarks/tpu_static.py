@@ -243,7 +243,8 @@ class Store:
         """Stores one row more."""
         with open(RESULTS / ".tpu_static.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            rows = [*self.rows(), {"key": wanted, "kernel": self.kernel} | row]
+            rows = [other for other in self.rows() if other["key"] != wanted]
+            rows.append({"key": wanted, "kernel": self.kernel} | row)
             rows.sort(key=lambda row: self.order.index(row["key"]))
             self.json.write_text(json.dumps(rows, indent=1) + "\n")
             shown = [{k: v for k, v in row.items() if k not in ("key", "kernel")} for row in rows]
