@@ -14,7 +14,7 @@ from jax_ifa import arguments as rules
 from jax_ifa.attend import attend
 from jax_ifa.conversion import as_array, as_int32, as_integers
 from jax_ifa.layout import InputLayout, join_output, split_query, view_kv
-from jax_ifa.masking import bias_rows, mask_rows, visible_window
+from jax_ifa.masking import bias_rows, mask_rows, window_rows
 from jax_ifa.operands import Operands
 from jax_ifa.quantization import (
     antiquantize_output,
@@ -222,8 +222,8 @@ def _pipeline(
     num_kv_heads, out_dtype = sizes.num_kv_heads, query.dtype
     q = split_query(query, num_heads=sizes.num_heads, num_kv_heads=num_kv_heads)
     kv = view_kv(key, value, num_kv_heads=num_kv_heads, input_layout=input_layout, block_table=table)
-    start, stop = visible_window(batch=sizes.batch, capacity=sizes.capacity, lengths=lengths, left_padding=padding)
-    scale = jnp.broadcast_to(scale_value, (sizes.batch,))
+    start, stop = window_rows(capacity=sizes.capacity, lengths=lengths, left_padding=padding)
+    scale = scale_value.reshape(1)
 
     antiquant_scale, antiquant_offset = antiquant
     if antiquant_scale is not None:
@@ -243,6 +243,8 @@ def _pipeline(
             mask=None if mask is None else mask_rows(mask, sizes.capacity),
             bias=None if bias is None else bias_rows(bias, num_kv_heads=num_kv_heads),
             precise=precise,
+            # What int8 adds to the result comes after the loop.
+            out_dtype=out_dtype if antiquant_scale is None and quant[0] is None else jnp.dtype(jnp.float32),
         )
         out, lse = attend(operands, implementation)
 

@@ -25,7 +25,7 @@ def attend(operands: Operands, implementation: str | None = None) -> tuple[Array
       implementation: None, or a name as in `incre_flash_attention`.
 
     Returns:
-      out: (B, K, G, D) float32, normalised.
+      out: (B, K, G, D) in `out_dtype`, normalised.
       lse: (B, K, G) float32, natural log of the sum of exponentiated scores; -inf for an empty row.
     """
     return _vmappable(implementation)(operands)
@@ -63,7 +63,8 @@ def _backward(implementation: str | None, operands: Operands, cotangents: tuple[
 
     _, pull = jax.vjp(of_floats, *(leaves[i] for i in floats))
     gradients: list[Array | None] = [None] * len(leaves)  # None: integers have no gradient
-    for i, gradient in zip(floats, pull(cotangents), strict=True):
+    of_out, of_lse = cotangents
+    for i, gradient in zip(floats, pull((of_out.astype(jnp.float32), of_lse)), strict=True):
         gradients[i] = gradient
     return (jax.tree.unflatten(tree, gradients),)
 

@@ -36,9 +36,9 @@ def fold_into_batch(operands: Operands, mapped: Any, size: int) -> Operands:
     return dataclasses.replace(
         operands,
         query=per_sequence(operands.query, mapped.query),
-        scale=per_sequence(operands.scale, mapped.scale),
-        start=per_sequence(operands.start, mapped.start),
-        stop=per_sequence(operands.stop, mapped.stop),
+        scale=rows(operands.scale, mapped.scale),
+        start=rows(operands.start, mapped.start),
+        stop=rows(operands.stop, mapped.stop),
         mask=rows(operands.mask, mapped.mask),
         bias=rows(operands.bias, mapped.bias),
         kv=_fold_kv(operands.kv, mapped.kv, size, batch),

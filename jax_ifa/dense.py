@@ -15,6 +15,7 @@ from jax_ifa.paging import gather_pages, page_tables
 
 def attend_dense(operands: Operands) -> tuple[Array, Array]:
     """`Operands` to (out (B, K, G, D), lse (B, K, G)), both float32, differentiable in every float operand."""
+    operands = operands.per_sequence()
     kv = operands.kv
     batch, capacity = operands.batch, kv.capacity
     key_table, value_table = page_tables(kv, batch)

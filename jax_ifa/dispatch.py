@@ -28,9 +28,11 @@ class Implementation:
       default_on: platforms (as JAX names them: "cpu", "cuda", "rocm", "tpu") where it is preferred.
       unsupported_reason: why it cannot run these operands, as a sentence for the user, or None if it can. Looks at
         shapes, dtypes and static fields only.
-      attend: the loop itself: `Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32).
+      attend: the loop itself: `Operands` to (out (B, K, G, D) in float32 or `out_dtype`, lse (B, K, G) float32).
       attend_by_default: the same where nobody asked for it by name, and it may take XLA's loop for what only the
         lowering can tell: the devices it is for, and whether the program is exported.
+      takes_rows: whether it repeats and clamps what comes in rows itself; the others are given
+        `Operands.per_sequence()`.
     """
 
     name: str
@@ -38,9 +40,16 @@ class Implementation:
     unsupported_reason: Callable[[Operands], str | None]
     attend: Callable[[Operands], Result]
     attend_by_default: Callable[[Operands], Result]
+    takes_rows: bool = False
+
+    def run(self, operands: Operands, *, by_default: bool = False) -> Result:
+        """(out (B, K, G, D) in `out_dtype`, lse (B, K, G) float32)."""
+        attend = self.attend_by_default if by_default else self.attend
+        out, lse = attend(operands if self.takes_rows else operands.per_sequence())
+        return out.astype(operands.out_dtype), lse
 
 
-def _kernels(name: str, default_on: tuple[str, ...], package: str) -> Implementation:
+def _kernels(name: str, default_on: tuple[str, ...], package: str, *, takes_rows: bool = False) -> Implementation:
     """An implementation in a package of its own, imported when first asked, since the kernels import this one.
 
     The package has `unsupported_reason(operands)` and `attend(operands, or_xla=...)`.
@@ -52,10 +61,11 @@ def _kernels(name: str, default_on: tuple[str, ...], package: str) -> Implementa
         lambda operands: find().unsupported_reason(operands),
         lambda operands: find().attend(operands, or_xla=False),
         lambda operands: find().attend(operands, or_xla=True),
+        takes_rows,
     )
 
 
-MOSAIC_GPU = _kernels("mosaic_gpu", ("cuda",), "pallas_kernels.gpu")
+MOSAIC_GPU = _kernels("mosaic_gpu", ("cuda",), "pallas_kernels.gpu", takes_rows=True)
 MOSAIC_TPU = _kernels("mosaic_tpu", ("tpu",), "pallas_kernels.tpu")
 NUMBA = _kernels("numba", ("cpu",), "numba_kernels")
 XLA = Implementation("xla", (), xla.unsupported_reason, xla.attend, xla.attend)
@@ -82,7 +92,7 @@ def run(operands: Operands, implementation: str | None) -> Result:
     reason = candidate.unsupported_reason(operands)
     if reason is not None:
         raise NotImplementedError(f"implementation={implementation!r} cannot do this call: {reason}")
-    return candidate.attend(operands)
+    return candidate.run(operands)
 
 
 def _by_platform(operands: Operands) -> Result:
@@ -90,7 +100,7 @@ def _by_platform(operands: Operands) -> Result:
     branches: dict[str, Callable[[Operands], Result]] = {}
     for candidate in capable:
         for platform in candidate.default_on:
-            branches.setdefault(platform, candidate.attend_by_default)
+            branches.setdefault(platform, functools.partial(candidate.run, by_default=True))
     if not branches:
-        return XLA.attend(operands)
-    return jax.lax.platform_dependent(operands, default=XLA.attend, **branches)
+        return XLA.run(operands)
+    return jax.lax.platform_dependent(operands, default=XLA.run, **branches)

@@ -26,7 +26,7 @@ def no_effects(operands: Operands, or_xla: bool) -> Any:
     return set()
 
 
-def loop_primitive(name: str, effects: Effects = no_effects) -> Primitive:
+def loop_primitive(name: str, effects: Effects = no_effects, *, rounds: bool = False) -> Primitive:
     """A primitive from the leaves of `Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32).
 
     It has the parameters `tree`, of the operands, and `or_xla`, whether its lowering may take XLA's loop instead. The
@@ -35,14 +35,17 @@ def loop_primitive(name: str, effects: Effects = no_effects) -> Primitive:
     Args:
       name: of the primitive.
       effects: of the operands and `or_xla`: what the kernel does besides its result.
+      rounds: whether `out` is in the operands' `out_dtype` instead.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
 
     def abstract(*leaves: Any, tree: Any, or_xla: bool) -> tuple[list[Any], Any]:
         operands = jax.tree.unflatten(tree, leaves)
-        out = operands.query.update(dtype=jnp.dtype(jnp.float32), weak_type=False)  # varies as the operands do
-        return [out, out.update(shape=out.shape[:-1])], effects(operands, or_xla)
+        lse_dtype = jnp.dtype(jnp.float32)
+        out_dtype = operands.out_dtype if rounds else lse_dtype
+        out = operands.query.update(dtype=out_dtype, weak_type=False)  # varies as the operands do
+        return [out, out.update(shape=out.shape[:-1], dtype=lse_dtype)], effects(operands, or_xla)
 
     primitive.def_effectful_abstract_eval(abstract)
     primitive.def_impl(lambda *leaves, **static: jax.jit(functools.partial(primitive.bind, **static))(*leaves))

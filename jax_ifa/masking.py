@@ -29,15 +29,27 @@ def visible_window(
     Returns:
       start, stop: (B,) int32 each, 0 <= start <= stop <= S. Empty rows have start == stop.
     """
+    if lengths is not None:
+        lengths = jnp.clip(lengths, 0, capacity).astype(jnp.int32)
+    start, stop = window_rows(capacity=capacity, lengths=lengths, left_padding=left_padding)
+    return jnp.broadcast_to(start, (batch,)), jnp.broadcast_to(stop, (batch,))
+
+
+def window_rows(*, capacity: int, lengths: Array | None, left_padding: Array | None) -> tuple[Array, Array]:
+    """The windows of `visible_window` in the rows that `Operands` has: what is the same for all is there once.
+
+    Without left padding the lengths, int32, are taken as they are: what reads the windows clamps them.
+
+    Returns:
+      start, stop: (1,) or (B,) int32 each.
+    """
     if lengths is None:
-        return jnp.zeros(batch, jnp.int32), jnp.full(batch, capacity, jnp.int32)
-    count = jnp.broadcast_to(jnp.clip(lengths, 0, capacity).astype(jnp.int32), (batch,))
+        return jnp.zeros(1, jnp.int32), jnp.full(1, capacity, jnp.int32)
     if left_padding is None:
-        return jnp.zeros_like(count), count
+        return jnp.zeros(1, jnp.int32), lengths
     # Any padding above the capacity empties the row as the capacity + 1 does; int64 paddings then fit int32.
-    padding = jnp.clip(left_padding, 0, capacity + 1).astype(jnp.int32).reshape(1)
-    stop = capacity - jnp.broadcast_to(padding, (batch,))
-    start = stop - count
+    stop = capacity - jnp.clip(left_padding, 0, capacity + 1).astype(jnp.int32).reshape(1)
+    start = stop - jnp.clip(lengths, 0, capacity)
     fits = start >= 0
     return jnp.where(fits, start, 0), jnp.where(fits, stop, 0)
 

@@ -79,16 +79,18 @@ class Operands:
 
     Attributes:
       query: (B, K, G, D), float32, bfloat16 or float16. Not scaled; key antiquantisation folded in (float32 then).
-      scale: (B,) float32, multiplies the scores.
+      scale: (R,) float32, multiplies the scores.
       kv: the cache.
-      start, stop: (B,) int32 with 0 <= start <= stop <= kv.capacity: the visible window.
+      start, stop: (R,) int32, each: the visible window, what of [start, stop) lies in [0, kv.capacity).
       mask: (R, S'), bool or int8 or uint8, non-zero is masked out, or None. S' >= kv.capacity.
       bias: (R, K, G, S'), any float dtype, added to the scaled scores, or None. S' >= kv.capacity.
       precise: float32 throughout (`inner_precise=0`); otherwise an implementation may round the softmax weights to the
         cache's 16-bit dtype for the product with the values.
+      out_dtype: what the caller rounds `out` to; an implementation may do so itself, or leave it float32.
 
-    R divides B, and row b of the batch reads row b % R. So a bias of one row serves everyone, and a `vmap` that does
-    not map the bias repeats nothing.
+    R, of each array its own, divides B, and row b of the batch reads row b % R. So a bias of one row serves everyone,
+    and a `vmap` that does not map the bias repeats nothing. Nothing has to be repeated or clamped before a kernel
+    that can do so itself; the others take `per_sequence()`.
     """
 
     query: Array
@@ -99,6 +101,7 @@ class Operands:
     mask: Array | None = None
     bias: Array | None = None
     precise: bool = dataclasses.field(default=False, metadata={"static": True})
+    out_dtype: jnp.dtype = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
 
     @property
     def batch(self) -> int:
@@ -110,7 +113,15 @@ class Operands:
         """G."""
         return self.query.shape[2]
 
+    def per_sequence(self) -> "Operands":
+        """The same with a scale and a window for each sequence: (B,), and 0 <= start <= stop <= kv.capacity."""
+        scale, start, stop = (repeat_rows(rows, self.batch) for rows in (self.scale, self.start, self.stop))
+        start = jnp.clip(start, 0, self.kv.capacity)
+        return dataclasses.replace(self, scale=scale, start=start, stop=jnp.clip(stop, start, self.kv.capacity))
+
 
 def repeat_rows(rows: Array, batch: int) -> Array:
     """(R, ...) to (batch, ...) by the rule of `Operands`: row b reads row b % R."""
+    if rows.shape[0] == batch:
+        return rows
     return jnp.tile(rows, (batch // rows.shape[0],) + (1,) * (rows.ndim - 1))

@@ -50,7 +50,7 @@ def key_offset_score(folded_query: Array, offset: Array, scale: Array) -> Array:
     Args:
       folded_query: (B, K, G, D) from `fold_key_scale`.
       offset: (K, D) or (K, 1) float32.
-      scale: (B,) float32, the scale of the scores.
+      scale: (B,) or (1,) float32, the scale of the scores.
     """
     return jnp.sum(folded_query * offset[None, :, None, :], axis=-1) * scale[:, None, None]
 

@@ -19,7 +19,7 @@ def unsupported_reason(operands: Operands) -> str | None:
 
 
 def attend(operands: Operands, *, or_xla: bool = False) -> tuple[Array, Array]:
-    """`Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32) by a kernel; see `jax_ifa.operands`.
+    """`Operands` to (out (B, K, G, D) in `out_dtype`, lse (B, K, G) float32) by a kernel; see `jax_ifa.operands`.
 
     Raises, when it is lowered for a GPU that is known to have no kernel, NotImplementedError, unless `or_xla` allows
     XLA's loop. Lowered for an unknown GPU, the program is for Hopper, or with `or_xla` for all.

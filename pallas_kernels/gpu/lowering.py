@@ -37,7 +37,7 @@ def _effects(operands: Operands, or_xla: bool) -> Any:
     return jax.make_jaxpr(functools.partial(_hopper, device_kind=None))(operands).effects
 
 
-attend_p = loop_primitive("incre_flash_attention_gpu", _effects)
+attend_p = loop_primitive("incre_flash_attention_gpu", _effects, rounds=True)
 
 
 def attend(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
@@ -69,7 +69,8 @@ def choose(devices: Any, *, partitioned: bool, or_xla: bool) -> tuple[Attend, st
 
 def _xla(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
     del device_kind
-    return xla.attend(operands)
+    out, lse = xla.attend(operands.per_sequence())
+    return out.astype(operands.out_dtype), lse
 
 
 def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:

@@ -38,9 +38,11 @@ class Refs(NamedTuple):
       query: (B * K, blocks * columns or fewer, D), or for int8 (B * K * blocks, query_terms * columns, D).
       query_scale: (B * K * blocks, columns) float32.
       key, value: (pages * K * P, D) if head-major, else (pages * P, K, D).
-      start, stop: (B,) int32. scale: (B,) float32. table, value_table: (B * M,) int32.
+      start, stop: (rows,) int32. scale: (rows,) float32. table, value_table: (B * M,) int32.
       mask: (rows * width,) int8. bias: (rows, K, heads, width).
-      out: (B * K * blocks, splits, columns, padded), top, total: (B * K * blocks, splits, columns), float32.
+      out: (B * K, heads, D) in the caller's dtype, or of each split, not yet divided by the total, (splits, B * K or
+        more, heads, D) float32.
+      top, total: (splits, B * K, blocks * columns) float32: the largest score in base 2, and the sum of the weights.
     In shared memory: the slots that copies land in, and what products and copies read.
     """
 
@@ -115,7 +117,7 @@ def scratch(plan: Plan) -> list[Any]:
         "staged_keys_s": tiled(tile, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
         "mask_s": plgpu.SMEM((stages, plan.mask_width), jnp.int8),
         "bias_s": plgpu.SMEM((stages, plan.columns, tile), plan.bias_dtype or jnp.float32),
-        "out_s": plgpu.SMEM((plan.columns, plan.padded), jnp.float32),
+        "out_s": tiled(plan.columns, plan.padded, dtype=plan.kernel_out_dtype, swizzle=plan.out_swizzle),
         "top_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "total_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "query_arrived": plgpu.Barrier(num_arrivals=2 if plan.staged else 1),
@@ -170,7 +172,7 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
     if plan.staged:
         plgpu.copy_gmem_to_smem(r.query_scale.at[work.item], r.query_scale_s, r.query_arrived)
     plgpu.barrier_wait(r.query_arrived)
-    scale = r.scale[work.sequence] * LOG2_E
+    scale = r.scale[_rem(work.sequence, r.scale.shape[0])] * LOG2_E
     if plan.staged:
         scale = _load(r.query_scale_s, PER_COLUMN) * scale
     rows = plan.product_rows
@@ -244,16 +246,24 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
     out, top, total, _ = lax.fori_loop(jnp.int32(0), work.tiles, visit, state)
     if plan.sums_late:
         total = jnp.sum(total, axis=0)
-    inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
+    if plan.splits == 1:
+        factor = jnp.where(total == 0.0, 0.0, 1.0 / total)
+    else:
+        factor = jnp.full_like(total, 2.0**-plan.headroom)
     for channels, part in zip(parts, out, strict=True):
-        part = plgpu.layout_cast(part * _over_rows(inverse, part.shape), plgpu.Layout.WGMMA_TRANSPOSED)
-        r.out_s.at[:, pl.ds(*channels)].transpose((1, 0))[...] = part
+        part = (part * _over_rows(factor, part.shape)).astype(plan.kernel_out_dtype)
+        r.out_s.at[:, pl.ds(*channels)].transpose((1, 0))[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
     r.top_s[...] = top
     r.total_s[...] = total * 2.0**-plan.headroom
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(r.out_s, r.out.at[work.item, work.split])
-    plgpu.copy_smem_to_gmem(r.top_s, r.top.at[work.item, work.split])
-    plgpu.copy_smem_to_gmem(r.total_s, r.total.at[work.item, work.split])
+    row = work.sequence * plan.num_heads + work.head
+    # What is beyond the heads and channels that there are is not written. See `_Fetch._tile` for the traced 0.
+    heads = pl.ds(pl.multiple_of(work.block * plan.columns, ROW_GROUP), plan.columns)
+    channels = pl.ds(pl.multiple_of(work.block * 0, M), plan.padded)
+    here = (row,) if plan.splits == 1 else (work.split, row)
+    plgpu.copy_smem_to_gmem(r.out_s, r.out.at[*here, heads, channels])
+    plgpu.copy_smem_to_gmem(r.top_s, r.top.at[work.split, row, heads])
+    plgpu.copy_smem_to_gmem(r.total_s, r.total.at[work.split, row, heads])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -263,14 +273,17 @@ def _work(r: Refs, plan: Plan) -> _Window:
     rest, block = _div(rest, plan.blocks), _rem(rest, plan.blocks)
     rest, head = _div(rest, plan.num_heads), _rem(rest, plan.num_heads)
     sequence, split = _div(rest, plan.splits), _rem(rest, plan.splits)
-    start, stop = r.start[sequence], r.stop[sequence]
+    start = jnp.clip(r.start[_rem(sequence, r.start.shape[0])], 0, plan.capacity)
+    stop = jnp.clip(r.stop[_rem(sequence, r.stop.shape[0])], 0, plan.capacity)
     lead = _rem(_first_row(plan, sequence, head), ROW_GROUP) if plan.ragged else 0
     first = _div(start + lead, plan.tile)
     tiles = jnp.where(start < stop, _div(stop + lead + (plan.tile - 1), plan.tile) - first, 0)
-    begin = _div(tiles * split, plan.splits)
-    end = _div(tiles * (split + 1), plan.splits)
+    # Shares differ by one tile at most. (tiles * split could leave 32 bits.)
+    each, more = _div(tiles, plan.splits), _rem(tiles, plan.splits)
+    begin = each * split + jnp.minimum(split, more)
+    mine = each + (split < more).astype(jnp.int32)
     item = (sequence * plan.num_heads + head) * plan.blocks + block
-    return _Window(sequence, head, block, split, item, start, stop, lead, first + begin, end - begin)
+    return _Window(sequence, head, block, split, item, start, stop, lead, first + begin, mine)
 
 
 def _div(x: Array, n: int) -> Array:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_ifa.merge import merge_all
 from jax_ifa.operands import Operands
 from pallas_kernels.gpu.hopper.kernel import decode_kernel, scratch
-from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, N, Plan, make_plan, round_up
+from pallas_kernels.gpu.hopper.merge import merge_splits
+from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, THREADS, N, Plan, make_plan, round_up
 
 NAME = "incre_flash_attention"
 LINE = 16
@@ -19,7 +19,7 @@ LINE = 16
 
 
 def attend(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
-    """`Operands` to (out (B, K, G, D), lse (B, K, G)), both float32."""
+    """`Operands` to (out (B, K, G, D) in `out_dtype`, lse (B, K, G) float32)."""
     return launch(operands, make_plan(operands, device_kind))
 
 
@@ -39,21 +39,21 @@ def launch(operands: Operands, plan: Plan) -> tuple[Array, Array]:
         bias_rows = bias.shape[0]
         arrays.append(bias)
 
-    items = (plan.items, plan.splits)
+    rows = plan.batch * plan.num_heads
+    out_shape = (rows, plan.heads, plan.head_dim)
+    if plan.splits > 1:  # one more where thread blocks of the merge would read past the last
+        out_shape = (plan.splits, rows + (math.prod(out_shape) % THREADS > 0), plan.heads, plan.head_dim)
+    per_head = jax.ShapeDtypeStruct((plan.splits, rows, plan.blocks * plan.columns), jnp.float32)
     out, top, total = plgpu.kernel(
         functools.partial(decode_kernel, plan=plan, mask_rows=mask_rows, bias_rows=bias_rows),
-        out_type=[
-            jax.ShapeDtypeStruct((*items, plan.columns, plan.padded), jnp.float32),
-            jax.ShapeDtypeStruct((*items, plan.columns), jnp.float32),
-            jax.ShapeDtypeStruct((*items, plan.columns), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(out_shape, plan.kernel_out_dtype), per_head, per_head],
         scratch_types=scratch(plan),
-        grid=(math.prod(items),),
+        grid=(plan.items * plan.splits,),
         grid_names=("unit",),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name=NAME,
     )(*arrays)
-    return _merged(out, top, total, plan)
+    return _result(out, top, total, plan)
 
 
 def _query(query: Array, plan: Plan) -> list[Array]:
@@ -86,13 +86,10 @@ def int8_digits(x: Array, terms: int) -> tuple[list[Array], Array]:
 
 
 def _heads(array: Array, plan: Plan, *, axis: int) -> Array:
-    """`array` with its axis of G heads padded so that a copy can take `columns` of them; up to 8 need no padding."""
-    whole = plan.blocks * plan.columns
-    if array.shape[axis] in (whole, min(plan.group, N)):
-        return array
+    """`array` with its axis of G heads padded where copies could not take it in groups of 8 heads."""
     padding = [(0, 0)] * array.ndim
-    padding[axis] = (0, whole - array.shape[axis])
-    return jnp.pad(array, padding)
+    padding[axis] = (0, plan.heads - plan.group)
+    return array if plan.heads == plan.group else jnp.pad(array, padding)
 
 
 def _rows(pages: Array, plan: Plan) -> Array:
@@ -112,17 +109,11 @@ def _positions(array: Array, plan: Plan) -> Array:
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(front, back)])
 
 
-def _merged(out: Array, top: Array, total: Array, plan: Plan) -> tuple[Array, Array]:
-    """The results of the splits, (items, splits, columns, padded) and (items, splits, columns), as one.
-
-    The tops of the splits are taken from all of them before the merge: beside the -1e12 of a split that is masked
-    whole, float32 would have no room for the number of its positions.
-    """
-    highest = jnp.max(top, axis=1, keepdims=True)
-    shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
-    lse = (top - shift) * math.log(2.0) + jnp.log(total)
-    out = out[..., : plan.head_dim]
-    out, lse = (out[:, 0], lse[:, 0]) if plan.splits == 1 else merge_all(out, lse, axis=1)
-    lse = lse + shift[:, 0] * math.log(2.0)
-    heads = (plan.batch, plan.num_heads, plan.blocks * plan.columns)
-    return out.reshape(*heads, plan.head_dim)[:, :, : plan.group], lse.reshape(heads)[:, :, : plan.group]
+def _result(out: Array, top: Array, total: Array, plan: Plan) -> tuple[Array, Array]:
+    """What the kernel wrote as (out (B, K, G, D), lse (B, K, G)); see `kernel.Refs`."""
+    if plan.splits == 1:
+        lse = top[0] * math.log(2.0) + jnp.log(total[0])
+    else:
+        out, lse = merge_splits(out, top, total, plan)
+    heads = (plan.batch, plan.num_heads, plan.group)
+    return out[:, : plan.group].reshape(*heads, plan.head_dim), lse[:, : plan.group].reshape(heads)

@@ -14,6 +14,8 @@ M = 64
 """Rows of a wgmma, and so what T and the head dimension of the values are padded to."""
 N = 8
 """What the columns of a wgmma, the query heads of a group, are padded to."""
+THREADS = 128
+"""Of a thread block: one warpgroup."""
 ACCUMULATOR = 4096
 """Most float32 numbers of the output that a thread block accumulates: 32 registers of each of its 128 threads. With 64
 the rest of the kernel no longer fits beside them."""
@@ -65,6 +67,7 @@ class Plan:
       padded: D rounded up to what the values' side of a wgmma needs.
       splits: see above.
       masked: whether there is a mask. bias_dtype: of the bias, or None.
+      out_dtype: of the result, once it is whole.
     """
 
     batch: int
@@ -93,6 +96,28 @@ class Plan:
     splits: int
     masked: bool
     bias_dtype: jnp.dtype | None
+    out_dtype: jnp.dtype
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a sequence can have."""
+        return max(self.table_width, 1) * self.page
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a kv head as the arrays have them that a copy takes groups of 8 heads of: perhaps padded."""
+        in_place = self.group <= N or self.group % N == 0
+        return self.group if in_place else self.blocks * self.columns
+
+    @property
+    def kernel_out_dtype(self) -> jnp.dtype:
+        """What the kernel writes: the result itself, or a split's part of it."""
+        return self.out_dtype if self.splits == 1 else jnp.dtype(jnp.float32)
+
+    @property
+    def out_swizzle(self) -> int:
+        """As `query_swizzle`, of what the kernel writes."""
+        return swizzle(self.head_dim, self.kernel_out_dtype.itemsize)
 
     @property
     def chunks(self) -> int:
@@ -201,6 +226,7 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
         splits=1,
         masked=operands.mask is not None,
         bias_dtype=None if operands.bias is None else operands.bias.dtype,
+        out_dtype=operands.out_dtype,
     )
     plan = _fitted(plan, tuning)
     return dataclasses.replace(plan, splits=_splits(plan, kv.capacity, tuning))
