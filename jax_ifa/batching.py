@@ -27,9 +27,9 @@ def fold_into_batch(operands: Operands, mapped: Any, size: int) -> Operands:
             leaf = jnp.broadcast_to(leaf[None], (size, *leaf.shape))
         return _join(leaf)
 
-    def rows(leaf: Array | None, is_mapped: bool | None) -> Array | None:
+    def rows(leaf: Array, is_mapped: bool) -> Array:
         # Row b reads row b % R: an unmapped leaf serves as it is, a mapped one must have all B rows of each example.
-        if leaf is None or not is_mapped:
+        if not is_mapped:
             return leaf
         return _join(jnp.tile(leaf, (1, batch // leaf.shape[1]) + (1,) * (leaf.ndim - 2)))
 
@@ -39,8 +39,8 @@ def fold_into_batch(operands: Operands, mapped: Any, size: int) -> Operands:
         scale=rows(operands.scale, mapped.scale),
         start=rows(operands.start, mapped.start),
         stop=rows(operands.stop, mapped.stop),
-        mask=rows(operands.mask, mapped.mask),
-        bias=rows(operands.bias, mapped.bias),
+        mask=None if operands.mask is None else rows(operands.mask, mapped.mask),
+        bias=None if operands.bias is None else rows(operands.bias, mapped.bias),
         kv=_fold_kv(operands.kv, mapped.kv, size, batch),
     )
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ifa.masking import MASK_VALUE
-from pallas_kernels.gpu.hopper.plan import DIGIT, NARROWEST_PRODUCT, ROW_GROUP, SIDE_BY_SIDE, M, Plan
+from pallas_kernels.gpu.hopper.plan import DIGIT, NARROWEST_PRODUCT, ROW_GROUP, SIDE_BY_SIDE, M, Plan, largest_number
 
 LOG2_E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
@@ -36,7 +36,7 @@ class Refs(NamedTuple):
 
     In the device's memory:
       query: (B * K, blocks * columns or fewer, D), or for int8 (B * K * blocks, query_terms * columns, D).
-      query_scale: (B * K * blocks, columns) float32.
+      query_top: (B * K * blocks, columns) float32, the largest number of each row, which the largest digits stand for.
       key, value: (pages * K * P, D) if head-major, else (pages * P, K, D).
       start, stop: (rows,) int32. scale: (rows,) float32. table, value_table: (B * M,) int32.
       mask: (rows * width,) int8. bias: (rows, K, heads, width).
@@ -47,7 +47,7 @@ class Refs(NamedTuple):
     """
 
     query: Any
-    query_scale: Any
+    query_top: Any
     key: Any
     value: Any
     start: Any
@@ -61,7 +61,7 @@ class Refs(NamedTuple):
     top: Any
     total: Any
     query_s: Any
-    query_scale_s: Any
+    query_top_s: Any
     key_s: Any
     value_s: Any
     weights_s: Any
@@ -80,8 +80,8 @@ class Refs(NamedTuple):
 def absent(plan: Plan) -> set[str]:
     """The fields of `Refs` that a plan has no use for."""
     optional = {
-        "query_scale": plan.staged,
-        "query_scale_s": plan.staged,
+        "query_top": plan.staged,
+        "query_top_s": plan.staged,
         "staged_s": plan.staged,
         "staged_keys_s": plan.stages_keys,
         "table": plan.table_width > 0,
@@ -109,7 +109,7 @@ def scratch(plan: Plan) -> list[Any]:
     copies = plan.chunks + plan.masked + (plan.bias_dtype is not None)
     arrays = {
         "query_s": tiled(query_rows, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
-        "query_scale_s": plgpu.SMEM((plan.columns,), jnp.float32),
+        "query_top_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "key_s": tiled(stages, tile, plan.head_dim, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
         "value_s": tiled(stages, tile, plan.padded, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
         "weights_s": tiled(plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
@@ -170,11 +170,11 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
 
     plgpu.copy_gmem_to_smem(fetch.query(), r.query_s, r.query_arrived)
     if plan.staged:
-        plgpu.copy_gmem_to_smem(r.query_scale.at[work.item], r.query_scale_s, r.query_arrived)
+        plgpu.copy_gmem_to_smem(r.query_top.at[work.item], r.query_top_s, r.query_arrived)
     plgpu.barrier_wait(r.query_arrived)
     scale = r.scale[_rem(work.sequence, r.scale.shape[0])] * LOG2_E
     if plan.staged:
-        scale = _load(r.query_scale_s, PER_COLUMN) * scale
+        scale = _load(r.query_top_s, PER_COLUMN) / float(largest_number(plan.query_terms)) * scale
     rows = plan.product_rows
     parts = [(begin, min(rows, plan.padded - begin)) for begin in range(0, plan.padded, rows)]
 
@@ -259,9 +259,9 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
     row = work.sequence * plan.num_heads + work.head
     # What is beyond the heads and channels that there are is not written. See `_Fetch._tile` for the traced 0.
     heads = pl.ds(pl.multiple_of(work.block * plan.columns, ROW_GROUP), plan.columns)
-    channels = pl.ds(pl.multiple_of(work.block * 0, M), plan.padded)
+    whole = pl.ds(pl.multiple_of(work.block * 0, M), plan.padded)
     here = (row,) if plan.splits == 1 else (work.split, row)
-    plgpu.copy_smem_to_gmem(r.out_s, r.out.at[*here, heads, channels])
+    plgpu.copy_smem_to_gmem(r.out_s, r.out.at[*here, heads, whole])
     plgpu.copy_smem_to_gmem(r.top_s, r.top.at[work.split, row, heads])
     plgpu.copy_smem_to_gmem(r.total_s, r.total.at[work.split, row, heads])
     plgpu.wait_smem_to_gmem(0)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ifa.operands import Operands
 from pallas_kernels.gpu.hopper.kernel import decode_kernel, scratch
 from pallas_kernels.gpu.hopper.merge import merge_splits
-from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, THREADS, N, Plan, make_plan, round_up
+from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, THREADS, Plan, largest_number, make_plan, round_up
 
 NAME = "incre_flash_attention"
 LINE = 16
@@ -40,9 +40,10 @@ def launch(operands: Operands, plan: Plan) -> tuple[Array, Array]:
         arrays.append(bias)
 
     rows = plan.batch * plan.num_heads
-    out_shape = (rows, plan.heads, plan.head_dim)
+    out_shape: tuple[int, ...] = (rows, plan.heads, plan.head_dim)
     if plan.splits > 1:  # one more where thread blocks of the merge would read past the last
-        out_shape = (plan.splits, rows + (math.prod(out_shape) % THREADS > 0), plan.heads, plan.head_dim)
+        more = math.prod(out_shape) % THREADS > 0
+        out_shape = (plan.splits, rows + more, plan.heads, plan.head_dim)
     per_head = jax.ShapeDtypeStruct((plan.splits, rows, plan.blocks * plan.columns), jnp.float32)
     out, top, total = plgpu.kernel(
         functools.partial(decode_kernel, plan=plan, mask_rows=mask_rows, bias_rows=bias_rows),
@@ -57,32 +58,32 @@ def launch(operands: Operands, plan: Plan) -> tuple[Array, Array]:
 
 
 def _query(query: Array, plan: Plan) -> list[Array]:
-    """(B, K, G, D) as `kernel.Refs` has it, and for int8 also its scale per row."""
+    """(B, K, G, D) as `kernel.Refs` has it, and for int8 also the largest of each row."""
     if not plan.staged:
         query = _heads(query, plan, axis=2)
         return [query.reshape(-1, query.shape[2], plan.head_dim)]
     query = query.astype(jnp.float32)
     query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.blocks * plan.columns - plan.group), (0, 0)))
     query = query.reshape(plan.items, plan.columns, plan.head_dim)
-    digits, scale = int8_digits(query, plan.query_terms)
-    return [jnp.concatenate(digits, axis=1).astype(plan.query_dtype), scale]
+    digits, top = int8_digits(query, plan.query_terms)
+    return [jnp.concatenate(digits, axis=1).astype(plan.query_dtype), top]
 
 
 def int8_digits(x: Array, terms: int) -> tuple[list[Array], Array]:
-    """Rows of float32 as `terms` rows of int8 digits, highest first, and a float32 scale: x = scale * number.
+    """Rows of float32 as `terms` rows of int8 digits, highest first, and the largest of each row, without its sign.
 
-    The largest of a row becomes the largest number there is, so the error is below 2**-23 of it for 3 digits.
+    That one becomes the largest number there is, so the error is below 2**-23 of it for 3 digits (and the last bit of
+    top / largest_number, which the kernel multiplies by: one factor for the row).
     """
-    largest = sum(127 * DIGIT**i for i in range(terms))
     top = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(top == 0.0, 1.0, top / largest)
+    scale = jnp.where(top == 0.0, 1.0, top / largest_number(terms))
     number = jnp.round(x / scale[..., None])
     digits = []
     for place in range(terms - 1, -1, -1):
         digit = jnp.clip(jnp.round(number / DIGIT**place), -127, 127)
         number = number - digit * DIGIT**place
         digits.append(digit.astype(jnp.int8))
-    return digits, scale
+    return digits, top
 
 
 def _heads(array: Array, plan: Plan, *, axis: int) -> Array:

@@ -180,6 +180,11 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def largest_number(terms: int) -> int:
+    """What `terms` digits can stand for."""
+    return sum(127 * DIGIT**i for i in range(terms))
+
+
 def make_plan(operands: Operands, device_kind: str | None) -> Plan:
     """The plan for operands that `support.unsupported_reason` has nothing against."""
     kv = operands.kv
@@ -242,7 +247,7 @@ def _shared_memory(plan: Plan) -> int:
     bias_size = 0 if plan.bias_dtype is None else plan.bias_dtype.itemsize
     arrays = [
         plan.query_terms * plan.columns * plan.head_dim * plan.query_dtype.itemsize,  # query
-        4 * plan.columns if plan.staged else 0,  # its scale
+        4 * plan.columns if plan.staged else 0,  # the largest of its rows
         plan.stages * plan.tile * plan.head_dim * size,  # keys
         plan.stages * plan.tile * plan.padded * size,  # values
         plan.weight_terms * plan.columns * plan.tile * weight_size,  # weights
