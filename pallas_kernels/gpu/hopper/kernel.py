@@ -95,29 +95,19 @@ def absent(plan: Plan) -> set[str]:
 
 
 def scratch(plan: Plan) -> list[Any]:
-    """Shared memory and barriers, in the order of `Refs`."""
+    """Shared memory and barriers, in the order of `Refs`, but without those of `shared_slots`."""
     stages, tile = plan.stages, plan.tile
-
-    def tiled(*shape: int, dtype: Any, swizzle: int) -> Any:
-        elements = swizzle // jnp.dtype(dtype).itemsize
-        transforms: tuple[Any, ...] = (plgpu.TilingTransform((ROW_GROUP, elements)),)
-        if swizzle >= NARROWEST_PRODUCT:
-            transforms += (plgpu.SwizzleTransform(swizzle),)
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
     query_rows = plan.query_terms * plan.columns
     copies = plan.chunks + plan.masked + (plan.bias_dtype is not None)
     arrays = {
-        "query_s": tiled(query_rows, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
+        "query_s": _tiled(query_rows, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
         "query_top_s": plgpu.SMEM((plan.columns,), jnp.float32),
-        "key_s": tiled(stages, tile, plan.head_dim, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
-        "value_s": tiled(stages, tile, plan.padded, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
-        "weights_s": tiled(plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
-        "staged_s": tiled(tile, plan.padded, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
-        "staged_keys_s": tiled(tile, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
+        "value_s": _tiled(stages, tile, plan.padded, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
+        "weights_s": _tiled(plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
+        "staged_s": _tiled(tile, plan.padded, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
+        "staged_keys_s": _tiled(tile, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
         "mask_s": plgpu.SMEM((stages, plan.mask_width), jnp.int8),
         "bias_s": plgpu.SMEM((stages, plan.columns, tile), plan.bias_dtype or jnp.float32),
-        "out_s": tiled(plan.columns, plan.padded, dtype=plan.kernel_out_dtype, swizzle=plan.out_swizzle),
         "top_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "total_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "query_arrived": plgpu.Barrier(num_arrivals=2 if plan.staged else 1),
@@ -125,6 +115,23 @@ def scratch(plan: Plan) -> list[Any]:
         "value_arrived": plgpu.Barrier(num_barriers=stages, num_arrivals=plan.chunks),
     }
     return [array for name, array in arrays.items() if name not in absent(plan)]
+
+
+def shared_slots(plan: Plan) -> Any:
+    """`key_s` and `out_s`, in one place: the result is stored when the last keys have been read."""
+    keys = (plan.stages, plan.tile, plan.head_dim)
+    return plgpu.RefUnion(
+        _tiled(*keys, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
+        _tiled(plan.columns, plan.padded, dtype=plan.kernel_out_dtype, swizzle=plan.out_swizzle),
+    )
+
+
+def _tiled(*shape: int, dtype: Any, swizzle: int) -> Any:
+    elements = swizzle // jnp.dtype(dtype).itemsize
+    transforms: tuple[Any, ...] = (plgpu.TilingTransform((ROW_GROUP, elements)),)
+    if swizzle >= NARROWEST_PRODUCT:
+        transforms += (plgpu.SwizzleTransform(swizzle),)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 class _Window(NamedTuple):
@@ -154,10 +161,21 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
       mask_rows: rows of the mask, and positions of a row.
       bias_rows: rows of the bias.
     """
-    given = iter(refs)
-    r = Refs(*(None if name in absent(plan) else next(given) for name in Refs._fields))
+
+    def body(slots: Any) -> None:
+        given = iter(refs)
+        key_s, out_s = slots
+        shared = {"key_s": key_s, "out_s": out_s} | dict.fromkeys(absent(plan))
+        decode(Refs(*(shared[name] if name in shared else next(given) for name in Refs._fields)), plan, rows)
+
+    rows = (mask_rows, bias_rows)
+    pl.run_scoped(body, shared_slots(plan))
+
+
+def decode(r: Refs, plan: Plan, rows: tuple[tuple[int, int], int]) -> None:
+    """The work of a thread block; `rows` are those of mask and bias."""
     work = _work(r, plan)
-    fetch = _Fetch(r, plan, work, mask_rows, bias_rows)
+    fetch = _Fetch(r, plan, work, *rows)
 
     for slot in range(plan.stages):
 
@@ -175,8 +193,8 @@ def decode_kernel(*refs: Any, plan: Plan, mask_rows: tuple[int, int], bias_rows:
     scale = r.scale[_rem(work.sequence, r.scale.shape[0])] * LOG2_E
     if plan.staged:
         scale = _load(r.query_top_s, PER_COLUMN) / float(largest_number(plan.query_terms)) * scale
-    rows = plan.product_rows
-    parts = [(begin, min(rows, plan.padded - begin)) for begin in range(0, plan.padded, rows)]
+    size = plan.product_rows
+    parts = [(begin, min(size, plan.padded - begin)) for begin in range(0, plan.padded, size)]
 
     def visit(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         out, top, total, pages = carry

@@ -19,6 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.hopper.plan import THREADS, Plan
 
 NAME = "incre_flash_attention_merge"
+AT_A_TIME = 32
+"""Tops of splits that a thread block looks at together."""
 LAYOUT = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
 
@@ -56,25 +58,9 @@ def _merge_kernel(
     begin = lax.axis_index("unit") * np.int32(THREADS)
     first = lax.div(begin, np.int32(plan.head_dim))
     position = begin + plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (THREADS,), 0), LAYOUT)
-    # As many rows as 128 numbers can touch; those past the last one are that one again.
-    touched = (THREADS - 2) // plan.head_dim + 2 if THREADS % plan.head_dim else THREADS // plan.head_dim
-    touched = 1 if plan.head_dim % THREADS == 0 else touched
-    weights, inverses = [], []
-    for n in range(touched):
-        row = jnp.minimum(first + n, rows - 1)
-        place = lax.div(row, np.int32(plan.heads)) * width + lax.rem(row, np.int32(plan.heads))
-        places = [place + split * (plan.batch * plan.num_heads * width) for split in range(plan.splits)]
-        tops = [top[place] for place in places]
-        highest = functools.reduce(jnp.maximum, tops)
-        base = jnp.where(highest == -jnp.inf, 0.0, highest)  # -inf - -inf would be NaN
-        shares = [jnp.exp2(x - base) for x in tops]
-        sums = functools.reduce(jnp.add, [share * total[place] for share, place in zip(shares, places, strict=True)])
-        weights.append(shares)
-        inverses.append(jnp.where(sums == 0.0, 0.0, 1.0 / sums))
-
-        @pl.when((row * plan.head_dim >= begin) & (first + n < rows))  # once for each row
-        def _lse(row: Array = row, base: Array = base, sums: Array = sums) -> None:
-            lse[row] = base * math.log(2.0) + jnp.log(sums)
+    touched = [jnp.minimum(first + n, rows - 1) for n in range(rows_touched(plan.head_dim))]
+    places = [lax.div(row, np.int32(plan.heads)) * width + lax.rem(row, np.int32(plan.heads)) for row in touched]
+    split_size, split_tops = out.shape[0] // plan.splits, top.shape[0] // plan.splits
 
     def of_rows(scalars: list[Array]) -> Array:
         """For each number that of its row."""
@@ -83,13 +69,57 @@ def _merge_kernel(
             chosen = jnp.where(position < (first + n) * plan.head_dim, chosen, scalar)
         return chosen
 
-    result = plgpu.layout_cast(jnp.zeros((THREADS,), jnp.float32), LAYOUT)
-    load: Any = plgpu.load
-    for split in range(plan.splits):
-        part = load(out.at[pl.ds(split * (out.shape[0] // plan.splits) + begin, THREADS)], layout=LAYOUT)
-        share = of_rows([shares[split] for shares in weights])
-        result = result + jnp.where(share == 0.0, 0.0, share * part)  # selected: 0 * NaN is NaN
-    merged_s[...] = (result * of_rows(inverses)).astype(plan.out_dtype)
+    # So many splits at a time that their loads wait together, and few enough that registers hold them.
+    turns = -(-plan.splits * len(touched) // AT_A_TIME)
+    each = -(-plan.splits // turns)
+
+    def visit(turn: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        bases, sums, result = carry
+        splits = [turn * each + n for n in range(each)]
+        present = [split < plan.splits for split in splits]
+        splits = [jnp.minimum(split, plan.splits - 1) for split in splits]
+        parts = [_load(out.at[pl.ds(split * split_size + begin, THREADS)]) for split in splits]
+        shares, decays, new_bases, new_sums = [], [], [], []
+        for place, base, summed in zip(places, bases, sums, strict=True):
+            at = [split * split_tops + place for split in splits]
+            tops = [jnp.where(is_there, top[i], -jnp.inf) for i, is_there in zip(at, present, strict=True)]
+            highest = functools.reduce(jnp.maximum, tops, base)
+            finite = jnp.where(highest == -jnp.inf, 0.0, highest)  # -inf - -inf would be NaN
+            shares.append([jnp.exp2(x - finite) for x in tops])
+            decays.append(jnp.exp2(base - finite))
+            new_bases.append(highest)
+            of_splits = [jnp.where(x == 0.0, 0.0, x * total[i]) for x, i in zip(shares[-1], at, strict=True)]
+            new_sums.append(functools.reduce(jnp.add, of_splits, summed * decays[-1]))
+        result = result * of_rows(decays)
+        for part, *share in zip(parts, *shares, strict=True):
+            factor = of_rows(share)
+            result = result + jnp.where(factor == 0.0, 0.0, factor * part)  # selected: 0 * NaN is NaN
+        return new_bases, new_sums, result
+
+    state = (
+        [jnp.float32(-jnp.inf) for _ in touched],
+        [jnp.float32(0.0) for _ in touched],
+        plgpu.layout_cast(jnp.zeros((THREADS,), jnp.float32), LAYOUT),
+    )
+    bases, sums, result = lax.fori_loop(jnp.int32(0), jnp.int32(turns), visit, state)
+    for n, (row, base, summed) in enumerate(zip(touched, bases, sums, strict=True)):
+
+        @pl.when((row * plan.head_dim >= begin) & (first + n < rows))  # once for each row
+        def _lse(row: Array = row, base: Array = base, summed: Array = summed) -> None:
+            lse[row] = base * math.log(2.0) + jnp.log(summed)
+
+    inverse = of_rows([jnp.where(summed == 0.0, 0.0, 1.0 / summed) for summed in sums])
+    merged_s[...] = (result * inverse).astype(plan.out_dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(merged_s, merged.at[pl.ds(begin, THREADS)])  # what is past the end is not written
     plgpu.wait_smem_to_gmem(0)
+
+
+def rows_touched(head_dim: int) -> int:
+    """Most rows that 128 neighbouring numbers, from a multiple of 128 on, are of."""
+    return 1 + max((THREADS * n % head_dim + THREADS - 1) // head_dim for n in range(head_dim))
+
+
+def _load(ref: Any) -> Array:
+    load: Any = plgpu.load  # see kernel.py
+    return load(ref, layout=LAYOUT)

@@ -35,6 +35,8 @@ ALIGNMENT = 1024
 PRODUCT = 2048
 """Numbers of the output that one product adds to, so that its own result takes at most 16 registers of a thread, or 32
 where there are more than 32 columns."""
+RESULTS_OF_CACHE = 0.02
+"""Share of the cache's bytes that the results of splits may take, as a rule."""
 NARROWEST_PRODUCT = 32
 """Bytes of the narrowest rows of a tile that a wgmma reads."""
 DIGIT = 254
@@ -123,6 +125,12 @@ class Plan:
     def chunks(self) -> int:
         """Copies that make a tile."""
         return self.tile // self.chunk
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes that the results of one split take in the device's memory: values, tops and totals."""
+        rows = self.batch * self.num_heads
+        return 4 * rows * (self.heads * self.head_dim + 2 * self.blocks * self.columns)
 
     @property
     def items(self) -> int:
@@ -234,7 +242,7 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
         out_dtype=operands.out_dtype,
     )
     plan = _fitted(plan, tuning)
-    return dataclasses.replace(plan, splits=_splits(plan, kv.capacity, tuning))
+    return dataclasses.replace(plan, splits=_splits(plan, tuning))
 
 
 def _chunk(kv: KVView, tile: int) -> int:
@@ -242,21 +250,20 @@ def _chunk(kv: KVView, tile: int) -> int:
 
 
 def _shared_memory(plan: Plan) -> int:
-    """The arrays of `kernel.scratch`, in bytes."""
+    """The arrays of `kernel.scratch` and `kernel.shared_slots`, in bytes."""
     size, weight_size = plan.key_dtype.itemsize, plan.weight_dtype.itemsize
     bias_size = 0 if plan.bias_dtype is None else plan.bias_dtype.itemsize
     arrays = [
         plan.query_terms * plan.columns * plan.head_dim * plan.query_dtype.itemsize,  # query
         4 * plan.columns if plan.staged else 0,  # the largest of its rows
-        plan.stages * plan.tile * plan.head_dim * size,  # keys
+        max(plan.stages * plan.tile * plan.head_dim * size, 4 * plan.padded * plan.columns),  # keys, or the output
         plan.stages * plan.tile * plan.padded * size,  # values
         plan.weight_terms * plan.columns * plan.tile * weight_size,  # weights
         plan.tile * plan.padded * weight_size if plan.staged else 0,  # converted values
         plan.tile * plan.head_dim * plan.query_dtype.itemsize if plan.stages_keys else 0,  # and keys
         plan.stages * plan.mask_width if plan.masked else 0,
         plan.stages * plan.columns * plan.tile * bias_size,
-        4 * plan.padded * plan.columns,  # output
-        4 * plan.columns,  # its top
+        4 * plan.columns,  # the output's top
         4 * plan.columns,  # and total
     ]
     return sum(round_up(array, ALIGNMENT) for array in arrays)
@@ -279,21 +286,34 @@ def _fitted(plan: Plan, tuning: Tuning) -> Plan:
     return plan
 
 
-def _splits(plan: Plan, capacity: int, tuning: Tuning) -> int:
+def _splits(plan: Plan, tuning: Tuning) -> int:
     """How many thread blocks share a window: what makes the waves of thread blocks shortest, with the merge."""
     resident = max(1, SHARED_MEMORY_PER_MULTIPROCESSOR // (plan.shared_memory + DRIVER))
     slots = tuning.multiprocessors * min(resident, tuning.blocks_per_multiprocessor)
-    tiles = -(-capacity // plan.tile)
-    most = max(1, min(tiles, tuning.max_splits))
-    # Writing and reading the partial results of one split, in tiles of a multiprocessor.
+    tiles = -(-plan.capacity // plan.tile)
+    most = max(1, min(tiles, tuning.max_splits, _most_splits(plan, tuning.multiprocessors)))
+    # Writing and reading the results of one split, in tiles of a multiprocessor.
     tile_bytes = plan.tile * 2 * plan.head_dim * plan.key_dtype.itemsize
-    partial = plan.items * plan.padded * plan.columns * 2 * 4 / (tuning.multiprocessors * tile_bytes)
+    results = 2 * plan.result_bytes / (tuning.multiprocessors * tile_bytes)
 
     def cost(splits: int) -> float:
         waves = -(-plan.items * splits // slots)
         sharing = -(-min(plan.items * splits, slots) // tuning.multiprocessors)  # thread blocks on a multiprocessor
         each = -(-tiles // splits) + tuning.overhead_tiles
-        merge = (tuning.merge_tiles + partial) * splits if splits > 1 else 0.0
+        merge = (tuning.merge_tiles + results) * splits if splits > 1 else 0.0
         return waves * each * max(sharing, 1 / tuning.alone) + merge
 
     return min(range(1, most + 1), key=cost)
+
+
+def _most_splits(plan: Plan, multiprocessors: int) -> int:
+    """Splits whose results take 2% of the cache, or as many as give every multiprocessor a thread block, if more.
+
+    A split's results are G rows of D float32 for each kv head, the cache has 2 * S of them: splits * G * 4 of
+    2 * S * itemsize bytes. For 2%, a split needs 50 * G positions of bfloat16, 100 * G of int8. Shorter splits are worth
+    their results only where multiprocessors would stand idle; an accumulator is 16 KiB at most, so they
+    take about 2 MB on 132 multiprocessors, and stay in L2.
+    """
+    cache_bytes = 2 * plan.batch * plan.num_heads * plan.capacity * plan.head_dim * plan.key_dtype.itemsize
+    small = int(RESULTS_OF_CACHE * cache_bytes) // plan.result_bytes
+    return max(small, -(-multiprocessors // plan.items))
