@@ -13,6 +13,8 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,19 @@ device_description_str: "{name}"
 """
 
 INSTRUCTIONS = ("HGMMA", "IGMMA", "UTMALDG", "UTMASTG", "FENCE.VIEW.ASYNC")
+INSTRUCTION = re.compile(r"Y?:(\d\d)\s+/\*([0-9a-f]{4,5})\*/\s+((?:@!?U?P\w+\s+)?)([A-Z][A-Z0-9_.]+)(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class GPUCall(Call):
+    """`lse`: whether the call asks for it, which may take a kernel more."""
+
+    lse: bool = False
+    implementation: str | None = "mosaic_gpu"
+
+    def function(self) -> Any:
+        function = super().function()
+        return function if self.lse else lambda *args: function(*args)[0]
 
 
 def topology(target: str) -> Any:
@@ -82,25 +97,102 @@ def compile_for(call: Call, target: str) -> Any:
     return jitted.lower(query, key, value, arrays).compile()
 
 
-def read_dumps(folder: Path) -> dict[str, Any]:
-    """Registers, spills, shared memory and instructions of the one kernel whose dumps a folder has; then empties it."""
-    found: dict[str, Any] = {}
+@contextmanager
+def recorded_copies() -> Iterator[list[dict[str, Any]]]:
+    """What the driver will be asked to describe for TMA: a list of arrays as they are, and the boxes copied of them."""
+    from jax._src.lib.mlir import ir
+    from jax.experimental.mosaic.gpu import launch_context, utils
+
+    describe = launch_context.LaunchContext._get_tma_desc
+    copies: list[dict[str, Any]] = []
+
+    def recording(self: Any, ref: Any, transforms: Any, peer: Any, box: Any, swizzle: Any, *rest: Any) -> Any:
+        seen = ref
+        for transform in transforms:
+            seen = transform.apply(seen)
+        kind = ir.MemRefType(seen.type)
+        copy = {
+            "shape": list(kind.shape),
+            "strides": list(kind.get_strides_and_offset()[0]),
+            "box": list(box),
+            "swizzle": 0 if swizzle is None else int(swizzle),
+            "bytes": utils.bitwidth(kind.element_type) // 8,
+        }
+        if copy not in copies:
+            copies.append(copy)
+        return describe(self, ref, transforms, peer, box, swizzle, *rest)
+
+    launch_context.LaunchContext._get_tma_desc = recording
+    try:
+        yield copies
+    finally:
+        launch_context.LaunchContext._get_tma_desc = describe
+
+
+def read_dumps(folder: Path) -> dict[str, dict[str, Any]]:
+    """By kernel: registers, spills, shared memory, instructions. Empties the folder."""
+    found: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.iterdir()):
-        text = file.read_text(errors="replace")
-        for name, pattern in {
-            "registers": r"Used (\d+) registers",
-            "spills": r"(\d+) bytes spill stores",
-            "stack": r"(\d+) bytes stack frame",
-            "shared": r"smem_scratch_bytes=(\d+)",
-        }.items():
-            if (match := re.search(pattern, text)) is not None:
-                found[name] = int(match.group(1))
+        kernel = found.setdefault(re.sub(r"_\d+\..*", "", file.name), {})
+        if file.suffix in (".ptxas", ".txt"):
+            text = file.read_text(errors="replace")
+            for name, pattern in {
+                "registers": r"Used (\d+) registers",
+                "spills": r"(\d+) bytes spill stores",
+                "stack": r"(\d+) bytes stack frame",
+                "shared": r"smem_scratch_bytes=(\d+)",
+            }.items():
+                if (match := re.search(pattern, text)) is not None:
+                    kernel[name] = int(match.group(1))
         if "sass" in file.suffix:
-            opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text)
-            found["instructions"] = {i: sum(o.startswith(i) for o in opcodes) for i in INSTRUCTIONS}
-            found["instructions"]["all"] = len(opcodes)
+            lines = file.read_text(errors="replace").splitlines()
+            opcodes = [match.group(4) for match in map(INSTRUCTION.search, lines) if match]
+            kernel["instructions"] = {i: sum(o.startswith(i) for o in opcodes) for i in INSTRUCTIONS}
+            kernel["instructions"]["all"] = len(opcodes)
+            kernel["loop"] = main_loop(lines)
         file.unlink()
     return found
+
+
+def main_loop(lines: list[str]) -> dict[str, int]:
+    """Of the loop that has the most products: what a warp issues in a turn, and cycles that it waits for itself.
+
+    Lines of machine code have the cycles that the compiler makes a warp wait after each instruction. What
+    a branch leaps over is left out where it stores to shared memory and starts neither copies nor products: the
+    values at the ends of windows. (What waits for memory does so out of line, and is not in the loop.)
+    """
+    labels: dict[str, int] = {}
+    code: list[tuple[int, str, str]] = []  # cycles, opcode, operands
+    for line in lines:
+        if (label := re.match(r"\s*(\.L_x_\d+):", line)) is not None:
+            labels[label.group(1)] = len(code)
+        elif (match := INSTRUCTION.search(line)) is not None:
+            code.append((int(match.group(1)), match.group(4), match.group(5)))
+
+    def target(i: int) -> int | None:
+        label = re.search(r"\.L_x_\d+", code[i][2]) if code[i][1].startswith("BRA") else None
+        return labels.get(label.group(0)) if label else None
+
+    def count(begin: int, end: int, *opcodes: str) -> int:
+        return sum(code[i][1].startswith(opcodes) for i in range(begin, end))
+
+    loops = [(to, i + 1) for i in range(len(code)) if (to := target(i)) is not None and to <= i]
+    if not loops:
+        return {}
+    begin, end = max(loops, key=lambda loop: (count(*loop, "HGMMA", "IGMMA"), loop[0] - loop[1]))
+    skipped: set[int] = set()
+    for i in range(begin, end):
+        to = target(i)
+        edge = to is not None and i < to <= end
+        if edge and count(i, to, "STS", "STSM") and not count(i, to, "UTMALDG", "HGMMA", "IGMMA"):
+            skipped |= set(range(i + 1, to))
+    taken = [code[i] for i in range(begin, end) if i not in skipped]
+    names = ("HGMMA", "IGMMA", "BAR", "FENCE.VIEW.ASYNC", "MUFU", "LDS", "STS", "LDG", "UTMALDG")
+    return {
+        "instructions": len(taken),
+        "cycles": sum(max(1, cycles) for cycles, _, _ in taken),
+        "at the ends": len(skipped),
+    } | {name: sum(o.startswith(name) for _, o, _ in taken) for name in names}
 
 
 def launches(text: str) -> int:
@@ -111,10 +203,10 @@ def launches(text: str) -> int:
     )
 
 
-def main() -> None:
+def examine(call: Call, target: str, folder: Path) -> dict[str, Any]:
+    """What became of a call; `folder` is where the compiler writes."""
     from pallas_kernels.gpu.hopper import launch
 
-    folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     plans: list[Any] = []
     make_plan = launch.make_plan
 
@@ -123,23 +215,34 @@ def main() -> None:
         return plans[-1]
 
     launch.make_plan = recording
+    try:
+        with recorded_copies() as copies:
+            compiled = compile_for(call, target)
+    finally:
+        launch.make_plan = make_plan
+    text = compiled.as_text()
+    result: dict[str, Any] = {
+        "temp": compiled.memory_analysis().temp_size_in_bytes,
+        "cache": call.cache_bytes,
+        "kernel": "mosaic_gpu" in text,
+        "launches": launches(text),
+        "copies": copies,
+        "kernels": read_dumps(folder),
+    }
+    if plans:
+        plan = plans[-1]
+        fields = dataclasses.asdict(plan) | {"shared_memory": plan.shared_memory, "result_bytes": plan.result_bytes}
+        result["plan"] = {name: value for name, value in fields.items() if isinstance(value, int)}
+        result["plan"] |= {"query_bytes": plan.query_dtype.itemsize, "in_place": plan.heads == plan.group}
+    return result
+
+
+def main() -> None:
+    folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for fields in json.load(sys.stdin):
-        call = Call(**fields)
         began = time.perf_counter()
-        plans.clear()
         try:
-            compiled = compile_for(call, sys.argv[1])
-            text = compiled.as_text()
-            result = {
-                "temp": compiled.memory_analysis().temp_size_in_bytes,
-                "cache": call.cache_bytes,
-                "kernel": "mosaic_gpu" in text,
-                "launches": launches(text),
-            } | read_dumps(folder)
-            if plans:
-                plan = dataclasses.asdict(plans[-1]) | {"shared_memory": plans[-1].shared_memory}
-                result["plan"] = {name: value for name, value in plan.items() if isinstance(value, int)}
-                result["plan"]["query_bytes"] = plans[-1].query_dtype.itemsize
+            result = examine(GPUCall(**fields), sys.argv[1], folder)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:2000]}
         print(json.dumps(result | {"seconds": round(time.perf_counter() - began, 2)}), flush=True)

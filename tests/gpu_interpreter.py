@@ -17,6 +17,9 @@ needs_interpreter = pytest.mark.skipif(
     not GPU_KERNEL_TESTED, reason="the GPU kernel refuses a JAX on whose interpreter it has not been tested"
 )
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""A program of callbacks runs once: it takes longer to compile than to run."""
+
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, *, splits: int = 2, stages: int = 2, tile: int = 64) -> None:
     """Tiles of 64 positions and two splits, so that a few hundred positions make several of each."""
@@ -38,4 +41,4 @@ def interpret(
 
     jax.clear_caches()  # what was traced with other tiles, or planted faults, must not be used again
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**parameters)):
-        return jax.block_until_ready(jax.jit(function or call)(*args))
+        return jax.block_until_ready(jax.jit(function or call, compiler_options=QUICKLY)(*args))
