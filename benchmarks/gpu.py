@@ -28,6 +28,7 @@ import typer
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks.gpu_grid import BATCHES, BLOCKS, DIMS, DTYPES, HEADS, LENGTHS
 from benchmarks.gpu_contenders import MOST_STEPS, Run, Shape, contenders, copy, ours
 from benchmarks.timing import machine
 
@@ -35,12 +36,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TUNING = ROOT / "pallas_kernels" / "gpu" / "hopper" / "tuning.json"
 
-BATCHES = (1, 8, 64, 256)
-LENGTHS = (1024, 8192, 65536, 262144)
-HEADS = ((32, 32), (32, 8), (64, 8), (16, 1))
-DIMS = (64, 128, 256)
-BLOCKS = (0, 16, 128)
-DTYPES = ("bfloat16", "int8")
 MEMORY = 48e9  # bytes that the copies of one contender's cache may take
 TILES, STAGES, RESIDENT = (64, 128), (1, 2, 3, 4, 6), (1, 2, 3)
 

@@ -103,7 +103,9 @@ def scratch(plan: Plan) -> list[Any]:
         "query_s": _tiled(query_rows, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
         "query_top_s": plgpu.SMEM((plan.columns,), jnp.float32),
         "value_s": _tiled(stages, tile, plan.padded, dtype=plan.key_dtype, swizzle=plan.key_swizzle),
-        "weights_s": _tiled(plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
+        "weights_s": _tiled(
+            plan.weight_terms * plan.columns, tile, dtype=plan.weight_dtype, swizzle=plan.value_swizzle
+        ),
         "staged_s": _tiled(tile, plan.padded, dtype=plan.weight_dtype, swizzle=plan.value_swizzle),
         "staged_keys_s": _tiled(tile, plan.head_dim, dtype=plan.query_dtype, swizzle=plan.query_swizzle),
         "mask_s": plgpu.SMEM((stages, plan.mask_width), jnp.int8),
@@ -379,10 +381,9 @@ def _scores(r: Refs, plan: Plan, slot: Array, scale: Array) -> Array:
 
 
 def _store_weights(r: Refs, plan: Plan, weights: Array) -> None:
-    """Softmax weights into shared memory as the numbers whose sum they are."""
-    for term, part in enumerate(split(weights, plan.weight_dtype, plan.weight_terms)):
-        rows = r.weights_s.at[pl.ds(term * plan.columns, plan.columns)]
-        rows.transpose((1, 0))[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+    """Softmax weights into shared memory as the numbers whose sum they are: at once, since each store waits twice."""
+    terms = jnp.concatenate(split(weights, plan.weight_dtype, plan.weight_terms), axis=1)
+    r.weights_s.transpose((1, 0))[...] = plgpu.layout_cast(terms, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 def split(x: Array, dtype: Any, terms: int) -> list[Array]:

@@ -62,7 +62,7 @@ class Plan:
       tile: T. chunk: positions that one copy brings; a page, or a part of one.
       stages: tiles that shared memory holds.
       columns: query heads of a thread block, padded to a multiple of 8. blocks: thread blocks that share a group.
-      query_dtype: of the product of queries and keys: the cache's, or float16 for int8 rows that are not whole.
+      query_dtype: of the product of queries and keys: the cache's, or `weight_dtype` for int8 rows that are not whole.
       query_terms: numbers of `query_dtype` that stand for one number of the query.
       weight_terms: numbers of `weight_dtype` that stand for one softmax weight.
       key_swizzle, value_swizzle, query_swizzle: bytes of a row of a tile of shared memory.
@@ -198,14 +198,16 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
     kv = operands.kv
     dtype, head_dim = kv.key.dtype, kv.key.shape[-1]
     staged = dtype == jnp.int8
-    weight_dtype = jnp.dtype(jnp.float16) if staged else dtype
     precise = staged or operands.precise
     padded = round_up(head_dim, M)
     key_swizzle = swizzle(head_dim, dtype.itemsize)
-    query_dtype = dtype if key_swizzle >= NARROWEST_PRODUCT else weight_dtype
     tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
     most_columns = min(32 if precise else 64, ACCUMULATOR // padded // N * N)
     columns = min(round_up(operands.group, N), most_columns)
+    # int8 becomes bfloat16 in fewer instructions than float16. That takes three terms of a weight where float16
+    # takes two, for which there is no room in the registers beside many columns.
+    weight_dtype = jnp.dtype(jnp.bfloat16 if columns <= 16 else jnp.float16) if staged else dtype
+    query_dtype = dtype if key_swizzle >= NARROWEST_PRODUCT else weight_dtype
     # Converting values takes the registers that mask and bias would need for more rows than one wgmma has.
     tile = M if staged and (operands.mask is not None or operands.bias is not None) else tuning.tile
     # The terms of a weight are columns of one product, and a few columns more cost nothing: the other side takes the
