@@ -28,8 +28,8 @@ import typer
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.gpu_grid import BATCHES, BLOCKS, DIMS, DTYPES, HEADS, LENGTHS
 from benchmarks.gpu_contenders import MOST_STEPS, Run, Shape, contenders, copy, ours
+from benchmarks.gpu_grid import BATCHES, BLOCKS, DIMS, DTYPES, HEADS, LENGTHS
 from benchmarks.timing import machine
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -1,12 +1,12 @@
-"""Static cost of the Hopper kernel, without a GPU: what a tile takes to issue against the time its bytes take to arrive.
+"""Static cost of the Hopper kernel, without a GPU: what a tile takes to issue against the time its bytes take to come.
 
-    python -m benchmarks.gpu_static              # the grid of the GPU benchmark, into benchmarks/results/gpu_static.{json,md}
+    python -m benchmarks.gpu_static              # the benchmark's grid, into benchmarks/results/gpu_static.{json,md}
     python -m benchmarks.gpu_static --only int8  # some of it: prints, and writes nothing
 
 XLA compiles the public function for an H200 that need not be there, and the machine code says what one turn of the
-kernel's loop issues, which is one tile of keys and of values. Each of the four warps of a thread block has a scheduler of
-its multiprocessor for itself, and a scheduler issues one instruction a cycle. Bytes are taken to arrive at the bandwidth
-that a copy reached on an H200, bytes read and written (shared equally by 132 multiprocessors), at an assumed clock.
+kernel's loop issues, which is one tile of keys and of values. Each of the four warps of a thread block has a scheduler
+of its multiprocessor for itself, and a scheduler issues one instruction a cycle. Bytes are taken to arrive at the
+bandwidth of a copy on an H200, bytes read and written, shared equally by 132 multiprocessors, at an assumed clock.
 
     issue     instructions of a warp per tile / cycles its bytes take: below 1 the memory can be kept busy
     waits     the same with the cycles that the compiler makes a warp wait for its own results, over the thread blocks
@@ -47,7 +47,7 @@ THREADS = 128
 
 
 def cases() -> list[GPUCall]:
-    """Dtype x heads x D x block of the GPU benchmark, and a mask with a bias; a long window, so that splits are as usual."""
+    """Dtype x heads x D x block of the GPU benchmark, and a mask with a bias."""
     calls = []
     for dtype, (heads, kv_heads), head_dim, block in itertools.product(DTYPES, HEADS, DIMS, BLOCKS):
         block = 32 if dtype == "int8" and block == 16 else block

@@ -11,11 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ifa.operands import Operands
 from pallas_kernels.gpu.hopper.kernel import decode_kernel, scratch
 from pallas_kernels.gpu.hopper.merge import merge_splits
-from pallas_kernels.gpu.hopper.plan import DIGIT, ROW_GROUP, THREADS, Plan, largest_number, make_plan, round_up
+from pallas_kernels.gpu.hopper.plan import DIGIT, LINE, ROW_GROUP, THREADS, Plan, largest_number, make_plan, round_up
 
 NAME = "incre_flash_attention"
-LINE = 16
-"""Bytes that rows of an array must be a multiple of, for a copy of a part of several of them."""
 
 
 def attend(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:

@@ -14,6 +14,8 @@ M = 64
 """Rows of a wgmma, and so what T and the head dimension of the values are padded to."""
 N = 8
 """What the columns of a wgmma, the query heads of a group, are padded to."""
+LINE = 16
+"""Bytes that rows of an array must be a multiple of, for a copy of a part of several of them."""
 THREADS = 128
 """Of a thread block: one warpgroup."""
 ACCUMULATOR = 4096
@@ -312,9 +314,9 @@ def _most_splits(plan: Plan, multiprocessors: int) -> int:
     """Splits whose results take 2% of the cache, or as many as give every multiprocessor a thread block, if more.
 
     A split's results are G rows of D float32 for each kv head, the cache has 2 * S of them: splits * G * 4 of
-    2 * S * itemsize bytes. For 2%, a split needs 50 * G positions of bfloat16, 100 * G of int8. Shorter splits are worth
-    their results only where multiprocessors would stand idle; an accumulator is 16 KiB at most, so they
-    take about 2 MB on 132 multiprocessors, and stay in L2.
+    2 * S * itemsize bytes. For 2%, a split needs 50 * G positions of bfloat16, 100 * G of int8. Shorter splits are
+    worth their results only where multiprocessors would stand idle; an accumulator is 16 KiB at most, so they take
+    about 2 MB on 132 multiprocessors, and stay in L2.
     """
     cache_bytes = 2 * plan.batch * plan.num_heads * plan.capacity * plan.head_dim * plan.key_dtype.itemsize
     small = int(RESULTS_OF_CACHE * cache_bytes) // plan.result_bytes

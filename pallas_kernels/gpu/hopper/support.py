@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from jax_ifa.operands import Operands
-from pallas_kernels.gpu.hopper.plan import ROW_GROUP
+from pallas_kernels.gpu.hopper.plan import LINE, ROW_GROUP, round_up
 
-MAX_INDEX = 2**31 - 1
+MAX_INDEX = 2**31 - 1024
+"""Rows or elements that 32 bits count, with room for the last tile and what rows of the mask are padded with."""
 
 
 def unsupported_reason(operands: Operands) -> str | None:
@@ -26,7 +27,9 @@ def unsupported_reason(operands: Operands) -> str | None:
         what = "B * K * S" if kv.head_major else "B * S"
         return f"copies take groups of {ROW_GROUP} rows, and {what} = {kv.key.shape[0] * rows} is not made of them"
     sizes = [kv.key.shape[0] * rows, kv.value.shape[0] * rows]
-    sizes += [table.size for table in (kv.table, kv.value_table, operands.mask) if table is not None]
+    sizes += [table.size for table in (kv.table, kv.value_table) if table is not None]
+    if operands.mask is not None:
+        sizes.append(operands.mask.shape[0] * round_up(ROW_GROUP + operands.mask.shape[1], LINE))
     if max(sizes) > MAX_INDEX:
         return f"positions, table entries and mask are counted in 32 bits, and there are {max(sizes)} of one"
     return None
