@@ -195,6 +195,15 @@ def main_loop(lines: list[str]) -> dict[str, int]:
     } | {name: sum(o.startswith(name) for _, o, _ in taken) for name in names}
 
 
+def copied_bytes(call: Call) -> int:
+    """Of what a call may have to copy before the loop: everything but the cache, padded, with int8 as float32 digits."""
+    import jax
+
+    (query, _, _), arrays = call.specs()
+    others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    return 8 * 4 * query.size + 2 * others + 2**16
+
+
 def launches(text: str) -> int:
     """Kernels and copies in the entry computation of a compiled program."""
     entry = text[text.index("\nENTRY") :]
@@ -224,6 +233,7 @@ def examine(call: Call, target: str, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "temp": compiled.memory_analysis().temp_size_in_bytes,
         "cache": call.cache_bytes,
+        "copied": copied_bytes(call),
         "kernel": "mosaic_gpu" in text,
         "launches": launches(text),
         "copies": copies,

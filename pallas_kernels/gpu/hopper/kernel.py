@@ -321,10 +321,10 @@ def _first_row(plan: Plan, page: Array, head: Array) -> Array:
     return (page * plan.num_heads + head if plan.head_major else page) * plan.page
 
 
-def _load(ref: Any, layout: Any) -> Array:
-    """What lies in shared memory, in registers."""
+def _load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
+    """What lies in shared memory, in registers; if `optimized`, only from where that takes no more than it must."""
     load: Any = plgpu.load  # its arguments differ in a JAX that this kernel does not run on, but type checkers do
-    return load(ref, layout=layout)
+    return load(ref, layout=layout, optimized=optimized)
 
 
 def _over_rows(columns: Array, shape: tuple[int, ...]) -> Array:
@@ -371,7 +371,11 @@ def _scores(r: Refs, plan: Plan, slot: Array, scale: Array) -> Array:
         (scores,) = _products(keys, r.query_s, 1, jnp.float32)
         scores = scores * scale
     if plan.bias_dtype is not None:
-        bias = _load(r.bias_s.at[slot].transpose((1, 0)), LAYOUT)
+        # float32 has no fast way into the products' layout but by this one. Where sequences begin inside a group of 8
+        # rows, tiles begin inside the squares that the fast ways want, so the bias lies as it comes.
+        across = plgpu.Layout.WGMMA_TRANSPOSED if plan.bias_dtype == jnp.float32 else LAYOUT
+        bias = _load(r.bias_s.at[slot].transpose((1, 0)), across, optimized=not plan.ragged)
+        bias = plgpu.layout_cast(bias, LAYOUT)
         scores = scores + bias.astype(jnp.float32) * LOG2_E
     if plan.masked:
         mask = _load(r.mask_s.at[slot, pl.ds(0, plan.tile)], PER_POSITION)

@@ -11,7 +11,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ifa.operands import Operands
 from pallas_kernels.gpu.hopper.kernel import decode_kernel, scratch
 from pallas_kernels.gpu.hopper.merge import merge_splits
-from pallas_kernels.gpu.hopper.plan import DIGIT, LINE, ROW_GROUP, THREADS, Plan, largest_number, make_plan, round_up
+from pallas_kernels.gpu.hopper.plan import (
+    BIAS_LINE,
+    DIGIT,
+    LINE,
+    ROW_GROUP,
+    THREADS,
+    Plan,
+    largest_number,
+    make_plan,
+    round_up,
+)
 
 NAME = "incre_flash_attention"
 
@@ -29,19 +39,19 @@ def launch(operands: Operands, plan: Plan) -> tuple[Array, Array]:
     arrays += [table.reshape(-1) for table in (kv.table, kv.value_table) if table is not None]
     mask_rows, bias_rows = (0, 0), 0
     if operands.mask is not None:
-        mask = _positions(operands.mask.astype(jnp.int8), plan)
+        mask = _positions(operands.mask.astype(jnp.int8), plan, LINE)
         mask_rows = mask.shape[0], mask.shape[1]
         arrays.append(mask.reshape(-1))
     if operands.bias is not None:
-        bias = _positions(_heads(operands.bias, plan, axis=2), plan)
+        bias = _positions(_heads(operands.bias, plan, axis=2), plan, BIAS_LINE)
         bias_rows = bias.shape[0]
         arrays.append(bias)
 
     rows = plan.batch * plan.num_heads
     out_shape: tuple[int, ...] = (rows, plan.heads, plan.head_dim)
-    if plan.splits > 1:  # one more where thread blocks of the merge would read past the last
-        more = math.prod(out_shape) % THREADS > 0
-        out_shape = (plan.splits, rows + more, plan.heads, plan.head_dim)
+    if plan.splits > 1:  # with more rows where a thread block of the merge would read past the last
+        row = plan.heads * plan.head_dim
+        out_shape = (plan.splits, -(-round_up(rows * row, THREADS) // row), plan.heads, plan.head_dim)
     per_head = jax.ShapeDtypeStruct((plan.splits, rows, plan.blocks * plan.columns), jnp.float32)
     out, top, total = plgpu.kernel(
         functools.partial(decode_kernel, plan=plan, mask_rows=mask_rows, bias_rows=bias_rows),
@@ -98,11 +108,11 @@ def _rows(pages: Array, plan: Plan) -> Array:
     return pages.reshape(-1, plan.num_heads, plan.head_dim)
 
 
-def _positions(array: Array, plan: Plan) -> Array:
+def _positions(array: Array, plan: Plan, line: int) -> Array:
     """`array` with a last axis of whole lines, and room in front where a tile may begin before the first position."""
     front = ROW_GROUP if plan.ragged else 0
     width = front + array.shape[-1]
-    back = round_up(width, LINE) - width
+    back = round_up(width, line) - width
     if front == back == 0:
         return array
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(front, back)])

@@ -16,6 +16,9 @@ N = 8
 """What the columns of a wgmma, the query heads of a group, are padded to."""
 LINE = 16
 """Bytes that rows of an array must be a multiple of, for a copy of a part of several of them."""
+BIAS_LINE = 64
+"""Positions that rows of the bias must be a multiple of: shared memory has it in squares of 8 heads, and of so many
+positions if their type is of 16 bits."""
 THREADS = 128
 """Of a thread block: one warpgroup."""
 ACCUMULATOR = 4096
