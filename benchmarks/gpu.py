@@ -1,6 +1,7 @@
 """Decode attention on this machine's GPU: is it right, how fast is it, which tile sizes suit it.
 
-    python -m benchmarks.gpu run            # checks against the oracle, then times the whole grid beside the rivals
+    python -m benchmarks.gpu run            # checks against the oracle, then everything that can be timed: the
+                                            # ceilings, the grid beside the rivals, the example model's decode step
     python -m benchmarks.gpu run --batch 8 --length 8192 --dtype bfloat16    # a part of it
     python -m benchmarks.gpu tune           # tries tile sizes, and rewrites pallas_kernels/gpu/hopper/tuning.json
     python -m benchmarks.gpu run --dry-run  # on any machine: tiny shapes under JAX's GPU interpreter, no meaning
@@ -8,7 +9,7 @@
 A time is what one more step of a chain of steps costs: the difference between a longer and a shorter program, over the
 number of steps between them, median of several rounds. Steps take turns at copies of the cache that are four times L2
 in all. Contenders are timed one after the other, since a device holds the caches of one only. Rows are written as they
-are measured, and a run goes on where one of the same name ended.
+are measured, and a run goes on where one of the same name ended. The goals of `gpu_goals.py` are checked at the end.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import itertools
 import json
 import os
 import pathlib
-import sys
+import time
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -28,7 +29,8 @@ import typer
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.gpu_contenders import MOST_STEPS, Run, Shape, contenders, copy, ours
+from benchmarks import gpu_check, gpu_decode, gpu_goals
+from benchmarks.gpu_contenders import MOST_STEPS, Run, Shape, contenders, copy, nothing, ours
 from benchmarks.gpu_grid import BATCHES, BLOCKS, DIMS, DTYPES, HEADS, LENGTHS
 from benchmarks.timing import machine
 
@@ -72,29 +74,6 @@ def steps_for(shape: Shape) -> int:
     return max(4, min(MOST_STEPS // 2, int(5e-3 / (shape.cache_bytes / 4e12 + 5e-6))))
 
 
-def check() -> int:
-    """The part of the tests' grid that the interpreter runs, on this device; returns how many calls were right.
-
-    Raises:
-      AssertionError: one was not.
-    """
-    sys.path.insert(0, str(ROOT / "tests"))
-    from cases import assert_close
-    from test_gpu_interpret import PART
-
-    from jax_ifa import incre_flash_attention
-
-    for case in tqdm(PART, desc="against the oracle"):
-        args, kwargs = case.inputs()
-        call = jax.jit(
-            lambda q, k, v, kwargs=kwargs: incre_flash_attention(
-                q, k, v, implementation="mosaic_gpu", return_lse=True, **kwargs
-            )
-        )
-        assert_close(*call(*args), args, kwargs)
-    return len(PART)
-
-
 def measure(shape: Shape, bandwidth: float, *, steps: int, rounds: int, implementation: str | None) -> dict[str, Any]:
     """One row: every contender that can do the shape."""
     timings: dict[str, tuple[float, float]] = {}
@@ -135,6 +114,10 @@ def write(name: str, report: dict[str, Any]) -> str:
     table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
     about = ", ".join(f"{key} {value}" for key, value in report["about"].items())
     text = f"{about}\n\nRivals: their time over ours.\n\n{table}\n"
+    if report["decode"]:
+        decode = tabulate(report["decode"], headers="keys", tablefmt="github", floatfmt=".2f")
+        text += f"\nThe example model's decode step.\n\n{decode}\n"
+    text += f"\n{gpu_goals.summary(report)}\n" if report["rows"] else ""
     (RESULTS / f"{name}.md").write_text(text)
     return text
 
@@ -187,21 +170,29 @@ def run(
         bool, typer.Option(help="Tiny shapes under JAX's GPU interpreter; checks only this program.")
     ] = False,
 ) -> None:
-    """Check against the oracle, then time the grid beside the rivals."""
+    """Check against the oracle, then time the ceilings, the grid beside the rivals, and the example model."""
     with interpreted(dry_run):
         shapes = grid(tuple(batch), tuple(length), tuple(dtype))
         implementation, steps = None, None
         if dry_run:
             shapes = [Shape(1, 64, 2, 1, 64), Shape(1, 64, 2, 1, 64, 32, "int8")]
             implementation, steps, rounds = "mosaic_gpu", 1, 1
-        else:
-            print(f"{check()} calls agree with the oracle.")
+        right = gpu_check.check(time.time_ns() % 2**31, dry_run=dry_run)
+        print(f"{right} calls agree with the oracle.")
         megabytes = 1 if dry_run else 2048
         bandwidth = 2 * megabytes * 2**20 / per_step(copy(megabytes), steps=8, rounds=rounds)[0]
+        launch = per_step(nothing(), steps=MOST_STEPS, rounds=rounds)[0]
+        print(f"A copy reaches {bandwidth / 1e9:.0f} GB/s, a kernel that does nothing takes {launch * 1e6:.2f} us.")
         name = name or f"gpu-{jax.devices()[0].device_kind.replace(' ', '-')}-jax{jax.__version__}"
-        report: dict[str, Any] = {"about": machine() | {"copy GB/s": f"{bandwidth / 1e9:.0f}"}, "rows": []}
+        report: dict[str, Any] = {
+            "about": machine() | {"copy GB/s": f"{bandwidth / 1e9:.0f}", "launch us": f"{launch * 1e6:.2f}"},
+            "ceilings": {"copy bytes/s": bandwidth, "launch s": launch, "calls checked": right},
+            "rows": [],
+            "decode": [],
+        }
         if (RESULTS / f"{name}.json").exists():
-            report["rows"] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+            before = json.loads((RESULTS / f"{name}.json").read_text())
+            report |= {part: before[part] for part in ("rows", "decode")}
         done = [Shape(**row["shape"]) for row in report["rows"]]
         for shape in tqdm([shape for shape in shapes if shape not in done]):
             row = measure(
@@ -210,6 +201,14 @@ def run(
             report["rows"].append(row)
             write(name, report)
             jax.clear_caches()
+        known = {(row["context"], row["batch"], row["cache"]) for row in report["decode"]}
+        for context, size, cache in gpu_decode.points(dry_run=dry_run):
+            if (context, size, f"{cache.kind} {cache.dtype}") not in known:
+                tokens = 1 if dry_run else 16
+                row = gpu_decode.measure(context, size, cache, rounds=rounds, tokens=tokens, dry_run=dry_run)
+                report["decode"].append(row)
+                write(name, report)
+                jax.clear_caches()
         print(write(name, report))
         plot(name, report)
 

@@ -171,21 +171,108 @@ def pallas_paged(shape: Shape) -> Run:
     return chain(step, query, caches)
 
 
-def torch_sdpa(shape: Shape) -> Run:
-    """`torch.nn.functional.scaled_dot_product_attention` with `enable_gqa=True`, in a CUDA graph."""
+def torch_sdpa(shape: Shape, backend: str | None) -> Run:
+    """`torch.nn.functional.scaled_dot_product_attention` with `enable_gqa=True`, by a backend or torch's choice."""
     import torch
 
-    kind = getattr(torch, shape.dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    kernel = torch.nn.attention
+    backends = [getattr(kernel.SDPBackend, backend)] if backend else list(kernel.SDPBackend.__members__.values())
+
+    def step(query: Any, cache: Any) -> Any:
+        with kernel.sdpa_kernel([one for one in backends if one.name not in ("ERROR", "OVERRIDEABLE")]):
+            return attend(query, *cache, enable_gqa=True)
+
     cache_shape = (shape.batch, shape.kv_heads, shape.length, shape.head_dim)
-    caches = [tuple(torch.randn(cache_shape, dtype=kind, device="cuda") for _ in range(2)) for _ in range(shape.copies)]
-    query = torch.randn((shape.batch, shape.heads, 1, shape.head_dim), dtype=kind, device="cuda")
+    caches = [tuple(torch_random(cache_shape, shape) for _ in range(2)) for _ in range(shape.copies)]
+    return torch_chain(step, torch_random((shape.batch, shape.heads, 1, shape.head_dim), shape), caches)
+
+
+def flash_attention(shape: Shape) -> Run:
+    """`flash_attn_with_kvcache` of the FlashAttention package, version 3 if it is there."""
+    import torch
+
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache
+    except ImportError:
+        from flash_attn import flash_attn_with_kvcache
+
+    lengths = torch.full((shape.batch,), shape.length, dtype=torch.int32, device="cuda")
+    more: dict[str, Any] = {"cache_seqlens": lengths}
+    cache_shape = (shape.batch, shape.length, shape.kv_heads, shape.head_dim)
+    if shape.block:
+        blocks = shape.batch * shape.length // shape.block
+        table = torch.randperm(blocks, device="cuda").reshape(shape.batch, -1).to(torch.int32)
+        name = "page_table" if flash_attn_with_kvcache.__module__.startswith("flash_attn_interface") else "block_table"
+        more[name] = table
+        cache_shape = (blocks, shape.block, shape.kv_heads, shape.head_dim)
+
+    def step(query: Any, cache: Any) -> Any:
+        return flash_attn_with_kvcache(query, *cache, **more)
+
+    caches = [tuple(torch_random(cache_shape, shape) for _ in range(2)) for _ in range(shape.copies)]
+    return torch_chain(step, torch_random((shape.batch, 1, shape.heads, shape.head_dim), shape), caches)
+
+
+def flashinfer(shape: Shape) -> Run:
+    """`BatchDecodeWithPagedKVCacheWrapper` of FlashInfer, planned once as its users do, in its own NHD layout."""
+    import flashinfer
+    import torch
+
+    block = shape.block or 16
+    pages = shape.length // block
+    blocks = shape.batch * pages
+    each = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda")
+    indices = torch.randperm(blocks, device="cuda").to(torch.int32)
+    last = torch.full((shape.batch,), block, dtype=torch.int32, device="cuda")
+    workspace = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        workspace,
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=shape.heads > shape.kv_heads,
+        paged_kv_indptr_buffer=each * pages,
+        paged_kv_indices_buffer=indices,
+        paged_kv_last_page_len_buffer=last,
+    )
+    kind = getattr(torch, shape.dtype)
+    heads = (shape.heads, shape.kv_heads, shape.head_dim, block)
+    wrapper.plan(each * pages, indices, last, *heads, q_data_type=kind, kv_data_type=kind)
+    cache_shape = (blocks, block, shape.kv_heads, shape.head_dim)
+    caches = [tuple(torch_random(cache_shape, shape) for _ in range(2)) for _ in range(shape.copies)]
+    return torch_chain(wrapper.run, torch_random((shape.batch, shape.heads, shape.head_dim), shape), caches)
+
+
+def tokamax(shape: Shape) -> Run:
+    """`tokamax.dot_product_attention`, in its own layout and by its own choice of implementation."""
+    import tokamax
+
+    def step(query: jax.Array, cache: Any) -> jax.Array:
+        return tokamax.dot_product_attention(query, *cache)
+
+    query = random(0, (shape.batch, 1, shape.heads, shape.head_dim), shape.dtype)
+    cache_shape = (shape.batch, shape.length, shape.kv_heads, shape.head_dim)
+    caches = [tuple(random(2 * i + j + 1, cache_shape, shape.dtype) for j in range(2)) for i in range(shape.copies)]
+    return chain(step, query, caches)
+
+
+def torch_random(size: tuple[int, ...], shape: Shape) -> Any:
+    """Standard normal numbers of the shape's dtype on the GPU."""
+    import torch
+
+    return torch.randn(size, dtype=getattr(torch, shape.dtype), device="cuda")
+
+
+def torch_chain(step: Callable[[Any, Any], Any], query: Any, caches: list[Any]) -> Run:
+    """As `chain`, with torch: one CUDA graph for each number of steps, timed by events on the device."""
+    import torch
+
     graphs: dict[int, Any] = {}
 
     def steps_of(steps: int) -> Any:
         out = query
         for i in range(steps):
-            key, value = caches[i % len(caches)]
-            out = torch.nn.functional.scaled_dot_product_attention(out, key, value, enable_gqa=True)
+            out = step(out, caches[i % len(caches)])
         return out
 
     def run(steps: int) -> float:
@@ -220,6 +307,16 @@ def copy(megabytes: int) -> Run:
     return chain(step, numbers, [()])
 
 
+def nothing() -> Run:
+    """A kernel per step that does next to nothing: what a launch takes."""
+
+    def step(query: jax.Array, cache: Any) -> jax.Array:
+        del cache
+        return jax.lax.optimization_barrier(query + 1.0)
+
+    return chain(step, jnp.ones(8, jnp.float32), [()])
+
+
 def contenders(shape: Shape, implementation: str | None = None) -> dict[str, Callable[[], Run]]:
     """Ours and those rivals that know this form of the cache."""
     found: dict[str, Callable[[], Run]] = {
@@ -228,11 +325,19 @@ def contenders(shape: Shape, implementation: str | None = None) -> dict[str, Cal
     }
     if shape.dtype == "int8":
         return found  # none of them reads an int8 cache
+    either = {"FlashAttention": lambda: flash_attention(shape), "FlashInfer": lambda: flashinfer(shape)}
     if shape.block:
-        return found | {"pallas paged_attention": lambda: pallas_paged(shape)}
-    return found | {
-        "jax.nn xla": lambda: jax_nn(shape, "xla"),
-        "jax.nn cudnn": lambda: jax_nn(shape, "cudnn"),
-        "pallas decode_attention": lambda: pallas_decode(shape),
-        "torch SDPA": lambda: torch_sdpa(shape),
-    }
+        return found | {"pallas paged_attention": lambda: pallas_paged(shape)} | either
+    return (
+        found
+        | {
+            "jax.nn xla": lambda: jax_nn(shape, "xla"),
+            "jax.nn cudnn": lambda: jax_nn(shape, "cudnn"),
+            "pallas decode_attention": lambda: pallas_decode(shape),
+            "torch SDPA": lambda: torch_sdpa(shape, None),
+            "torch SDPA flash": lambda: torch_sdpa(shape, "FLASH_ATTENTION"),
+            "torch SDPA cudnn": lambda: torch_sdpa(shape, "CUDNN_ATTENTION"),
+            "tokamax": lambda: tokamax(shape),
+        }
+        | either
+    )

@@ -196,7 +196,7 @@ def main_loop(lines: list[str]) -> dict[str, int]:
 
 
 def copied_bytes(call: Call) -> int:
-    """Of what a call may have to copy before the loop: everything but the cache, padded, with int8 as float32 digits."""
+    """What a call may have to copy before the loop: all but the cache, padded; the query as float32 digits."""
     import jax
 
     (query, _, _), arrays = call.specs()

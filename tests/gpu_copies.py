@@ -1,7 +1,7 @@
 """What the driver accepts of a copy by TMA, and the copies that a plan makes, worked out without a compiler.
 
 A copy, as `gpu_compile.recorded_copies` has it, is an array as the driver sees it (`shape`, `strides` in elements,
-`bytes` of an element) and a `box` of it, whose rows are swizzled over `swizzle` bytes of shared memory (16: not at all).
+`bytes` of an element) and a `box` of it, whose rows are swizzled over `swizzle` bytes of shared memory (16: not).
 """
 
 import math

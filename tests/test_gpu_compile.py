@@ -110,7 +110,7 @@ def wrong_resources(result: dict[str, Any]) -> list[str]:
 
 
 def wrong_products(call: GPUCall, result: dict[str, Any]) -> list[str]:
-    """Instructions that are missing. Tensor cores take 64 rows and 32 bytes at once, in the order of the module's text."""
+    """Instructions that are missing. Tensor cores take 64 rows and 32 bytes at once, in the text's order."""
     plan, found = result["plan"], result["kernels"]["incre_flash_attention"]["instructions"]
 
     def products(terms: int) -> int:  # side by side, or one after the other

@@ -1,15 +1,20 @@
 """Which loop runs on which GPU, chosen when a program is lowered; what the kernel leaves to XLA; and its plans."""
 
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, assert_close
+from gpu_copies import copies, faults
 from gpu_interpreter import needs_interpreter
 
 from jax_ifa import incre_flash_attention
@@ -138,27 +143,72 @@ def test_by_name_an_error_with_the_reason(case: Case) -> None:
     assert_close(*incre_flash_attention(*args, **kwargs, return_lse=True), args, kwargs)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 192, 256, 512])
-@pytest.mark.parametrize("group", [1, 12, 64])
-def test_every_plan_fits(group: int, dim: int, dtype: str) -> None:
-    query = "float32" if dtype == "int8" else dtype
-    for features in (dict(), dict(mask=jnp.zeros((1, 64), bool), bias=jnp.zeros((1, 2, group, 64), query))):
-        for precise in (False, True):
-            call = operands((2, 2, 64, dim), dtype, query=query, group=group, precise=precise, **features)
-            plan = make_plan(call, None)
-            assert plan.shared_memory <= SHARED_MEMORY
-            assert plan.tile % 64 == plan.padded % 64 == plan.columns % 8 == 0
-            assert plan.blocks * plan.columns >= group
-            assert plan.stages >= 1
+@st.composite
+def calls(draw: st.DrawFn) -> Operands:
+    """Operands of any shape, as shapes only."""
+    dtype = draw(st.sampled_from(["bfloat16", "float16", "int8"]))
+    query = dtype if dtype != "int8" else draw(st.sampled_from(["bfloat16", "float32"]))
+    group, heads = draw(st.integers(1, 64)), draw(st.sampled_from([1, 2, 3, 8, 32]))
+    batch, dim = draw(st.sampled_from([1, 2, 8, 33, 256])), 16 * draw(st.integers(1, 32))
+    capacity = draw(st.sampled_from([8, 24, 1028, 4096, 32768, 262144]))
+    head_major, paged = draw(st.booleans()), draw(st.booleans())
+    page = draw(st.sampled_from([16, 32, 48, 128, 512])) if paged else capacity
+    pages = batch * -(-capacity // page) + 3 * paged
+    cache = (pages, heads, page, dim) if head_major else (pages, page, heads, dim)
+    struct = jax.ShapeDtypeStruct
+    key = struct(cache, jnp.dtype(dtype))
+    table = struct((batch, -(-capacity // page)), jnp.dtype("int32")) if paged else None
+    rows = draw(st.sampled_from([1, batch]))
+    return Operands(
+        query=struct((batch, heads, group, dim), jnp.dtype(query)),
+        scale=struct((1,), jnp.dtype("float32")),
+        kv=KVView(key, key, table, head_major=head_major),
+        start=struct((1,), jnp.dtype("int32")),
+        stop=struct((batch,), jnp.dtype("int32")),
+        mask=struct((rows, capacity), jnp.dtype("bool")) if draw(st.booleans()) else None,
+        bias=struct((rows, heads, group, capacity), jnp.dtype(query)) if draw(st.booleans()) else None,
+        precise=draw(st.booleans()),
+        out_dtype=jnp.dtype(query),
+    )
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(calls())
+def test_every_plan_fits(call: Operands) -> None:
+    """Shared memory, whole groups of rows, what the driver accepts of copies, and small results of splits."""
+    if unsupported_reason(call) is not None:
+        return
+    plan = make_plan(call, None)
+    assert plan.shared_memory <= SHARED_MEMORY
+    assert plan.tile % 64 == plan.padded % 64 == plan.columns % 8 == plan.tile % plan.chunk == 0
+    assert plan.blocks * plan.columns >= plan.group
+    assert plan.stages >= 1
+    rows = [0 if array is None else array.shape[0] for array in (call.mask, call.bias)]
+    made = copies(plan, value_pages=plan.pages, mask_rows=rows[0], bias_rows=rows[1], width=call.kv.capacity)
+    assert len(made) <= 8  # descriptors are parameters of the kernel
+    for copy in made:
+        assert not faults(copy), copy
+
+    assert 1 <= plan.splits <= max(1, -(-call.kv.capacity // plan.tile))
+    cache_bytes = 2 * math.prod(call.kv.key.shape) * plan.key_dtype.itemsize
+    if plan.splits > 1 and plan.splits * plan.result_bytes > 0.02 * cache_bytes:
+        # More only where multiprocessors had no thread block otherwise: the last split begins before there are 132.
+        assert plan.items * (plan.splits - 1) < 132
 
 
 def test_splits_fill_the_device_where_the_batch_does_not() -> None:
     long = (1, 8, 1 << 16, 128)
     alone = make_plan(jax.eval_shape(lambda: operands(long)), None)
     assert 132 <= alone.items * alone.splits <= 2 * 132
+    for group, dtype in itertools.product((1, 8, 64), ("bfloat16", "int8")):
+        query = "float32" if dtype == "int8" else dtype
+        single = jax.eval_shape(lambda: operands((1, 1, 1 << 17, 128), dtype, query=query, group=group))  # noqa: B023
+        plan = make_plan(single, None)
+        assert plan.items * plan.splits >= 128  # of 132 multiprocessors: shares of whole tiles
     many = make_plan(jax.eval_shape(lambda: operands((256, 8, 1 << 10, 128))), None)
     assert many.splits == 1
+    few = make_plan(jax.eval_shape(lambda: operands((8, 8, 1 << 12, 128), group=4)), None)
+    assert few.splits * few.result_bytes < 0.02 * 2 * 8 * 8 * (1 << 12) * 128 * 2
 
 
 def test_int8_digits_are_the_query() -> None:
