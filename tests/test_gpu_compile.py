@@ -136,7 +136,9 @@ def wrong_launches(call: GPUCall, result: dict[str, Any]) -> list[str]:
     plan = result["plan"]
     expected = 1 + (plan["splits"] > 1)
     if call.cache == "int8":
-        expected += 3  # the largest of the query's rows, their digits; the result times the values' scale
+        # The largest of the query's rows, their digits; the result times the values' scale. XLA divides by what a
+        # digit is worth in the kernel of the digits, or where there are many rows before it.
+        expected += 3 + (call.batch > 64)
     elif not plan["in_place"]:
         expected += 2  # the query's heads are padded, the result's cut off
     expected += call.mask  # which is bool

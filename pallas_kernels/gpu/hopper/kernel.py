@@ -385,9 +385,17 @@ def _scores(r: Refs, plan: Plan, slot: Array, scale: Array) -> Array:
 
 
 def _store_weights(r: Refs, plan: Plan, weights: Array) -> None:
-    """Softmax weights into shared memory as the numbers whose sum they are: at once, since each store waits twice."""
-    terms = jnp.concatenate(split(weights, plan.weight_dtype, plan.weight_terms), axis=1)
-    r.weights_s.transpose((1, 0))[...] = plgpu.layout_cast(terms, plgpu.Layout.WGMMA_TRANSPOSED)
+    """Softmax weights into shared memory as the numbers whose sum they are.
+
+    At once, since each store waits at two barriers, unless there are so many that registers would not hold them.
+    """
+    terms = split(weights, plan.weight_dtype, plan.weight_terms)
+    if plan.weight_terms * plan.columns <= SIDE_BY_SIDE:
+        terms = [jnp.concatenate(terms, axis=1)]
+    rows = r.weights_s.shape[0] // len(terms)
+    for n, term in enumerate(terms):
+        part = r.weights_s.at[pl.ds(n * rows, rows)]
+        part.transpose((1, 0))[...] = plgpu.layout_cast(term, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 def split(x: Array, dtype: Any, terms: int) -> list[Array]:

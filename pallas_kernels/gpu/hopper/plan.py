@@ -208,6 +208,8 @@ def make_plan(operands: Operands, device_kind: str | None) -> Plan:
     key_swizzle = swizzle(head_dim, dtype.itemsize)
     tuning = tuning_for(device_kind, dtype=dtype, head_dim=head_dim, group=operands.group)
     most_columns = min(32 if precise else 64, ACCUMULATOR // padded // N * N)
+    if operands.precise and operands.mask is not None and operands.bias is not None:
+        most_columns = min(most_columns, 16)  # more would spill, with three terms of each weight beside them
     columns = min(round_up(operands.group, N), most_columns)
     # int8 becomes bfloat16 in fewer instructions than float16. That takes three terms of a weight where float16
     # takes two, for which there is no room in the registers beside many columns.
