@@ -33,7 +33,7 @@ def check_cases(seed: int) -> list[Case]:
         [{}, dict(mask="2d"), dict(bias="batch"), dict(mask="4d:full", bias="shared"), dict(inner_precise=0)]
     )
     lengths = itertools.cycle(LENGTHS)
-    cases = []
+    cases: list[Case] = []
     for dtype, form, (heads, kv_heads, head_dim) in itertools.product(
         ("bfloat16", "float16", "int8", "int8 float32"), forms, HEADS
     ):

@@ -175,7 +175,7 @@ def torch_sdpa(shape: Shape, backend: str | None) -> Run:
     """`torch.nn.functional.scaled_dot_product_attention` with `enable_gqa=True`, by a backend or torch's choice."""
     import torch
 
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
     kernel = torch.nn.attention
     backends = [getattr(kernel.SDPBackend, backend)] if backend else list(kernel.SDPBackend.__members__.values())
 

@@ -9,7 +9,7 @@ import itertools
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +48,8 @@ def points(*, dry_run: bool) -> list[tuple[int, int, CacheOptions]]:
     if dry_run:
         return [(32, 2, CacheOptions(dtype="bfloat16"))]
     found = []
-    for context, batch, kind, dtype in itertools.product(CONTEXTS, BATCHES, ("contiguous", "paged"), DTYPES):
+    kinds: tuple[Literal["contiguous", "paged"], ...] = ("contiguous", "paged")
+    for context, batch, kind, dtype in itertools.product(CONTEXTS, BATCHES, kinds, DTYPES):
         per_token = 2 * SMOLLM2.num_layers * SMOLLM2.num_kv_heads * SMOLLM2.head_dim * jnp.dtype(dtype).itemsize
         if batch * context * per_token <= CACHE_BYTES:
             found.append((context, batch, CacheOptions(kind, dtype)))
