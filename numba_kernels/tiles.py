@@ -5,8 +5,8 @@
     values    out[head, d] = fade * out + share * sum_position weights[head, position] * value[position, d]
 
 Rows of the cache are read where they lie, once for a few heads, and all that is made of them stays in registers. Only
-int8 keys are packed first, for all heads. The memory is kept busy meanwhile: every step of the work has as many lines of
-the next tile fetched as it reads.
+int8 keys are packed first, for all heads. The memory is kept busy meanwhile: every step of the work has as many lines
+of the next tile fetched as it reads.
 
 All take addresses as int64: they work on memory of XLA's and on scratch, and nothing there has a Python object. They
 are emitted straight as LLVM IR, into a module of their own; the Numba code sees them as external functions.
