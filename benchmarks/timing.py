@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -76,8 +77,10 @@ def machine() -> dict[str, str]:
             model = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
+    torch = {"torch": sys.modules["torch"].__version__} if "torch" in sys.modules else {}  # where it was timed too
     return {
         "jax": jax.__version__,
+        **torch,
         "python": platform.python_version(),
         "device": devices[0].device_kind,
         "processor": model,
