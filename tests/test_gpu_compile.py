@@ -28,7 +28,13 @@ MQA = dict(heads=64, kv_heads=1)
 
 # The calls of a line are compiled by one process.
 CALLS = [
-    [Call(implementation=None), Call(lse=True), Call(block=16), Call(block=512, **F16), Call(batch=256, capacity=1024)],
+    [
+        Call(implementation=None),
+        Call(lse=True, batch=2),
+        Call(block=16),
+        Call(block=512, **F16),
+        Call(batch=256, capacity=1024),
+    ],
     [Call(layout="BSH", block=16, head_dim=64), Call(layout="BSND", capacity=4092), Call(head_dim=80, lse=True)],
     [Call(head_dim=96, layout="BSH", block=16), Call(head_dim=192), Call(head_dim=256, block=128), Call(head_dim=16)],
     [
