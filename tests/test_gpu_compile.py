@@ -63,6 +63,7 @@ CALLS = [
         Call(cache="int8", **MQA, mask=True, bias=True),
         Call(cache="int8", heads=16, kv_heads=1, block=32, mask=True, bias=True),
         Call(cache="int8", head_dim=512, heads=16, kv_heads=2),
+        Call(cache="int8", head_dim=512, heads=16, kv_heads=2, block=32, mask=True, bias=True),
         Call(cache="int8", batch=256, head_dim=256),
     ],
 ]

@@ -55,6 +55,7 @@ PART = [
     Case(heads=4, kv_heads=2, head_dim=80, capacity=104, dtype="bfloat16", int8=True, mask="2d", layout="BSH"),
     Case(heads=8, kv_heads=8, head_dim=256, capacity=72, dtype="bfloat16", layout="BSH"),
     Case(heads=16, kv_heads=1, head_dim=512, capacity=200, dtype="bfloat16", layout="BSND"),
+    Case(head_dim=512, capacity=100, dtype="bfloat16", int8=True, mask="2d", bias="batch"),
     # precision
     Case(**COMMON, inner_precise=0),
     Case(**COMMON | dict(dtype="float16", heads=64), inner_precise=0, block=16),

@@ -174,8 +174,9 @@ class Plan:
 
     @property
     def product_rows(self) -> int:
-        """Channels of the output that one product adds to."""
-        return M * max(1, PRODUCT // (M * self.columns))
+        """Channels of the output that one product adds to; fewer where conversion, mask and bias take registers."""
+        crowded = self.staged and self.padded > 256 and (self.masked or self.bias_dtype is not None)
+        return M * max(1, (PRODUCT // 4 if crowded else PRODUCT) // (M * self.columns))
 
     @property
     def shared_memory(self) -> int:
