@@ -13,7 +13,7 @@ import jax
 from jax import Array
 from jax.interpreters import mlir
 
-from jax_ifa import xla
+from jax_ifa import dispatch
 from jax_ifa.lowering import bind, loop_primitive, lower_as, partitioned_by_xla
 from jax_ifa.operands import Operands
 
@@ -69,8 +69,7 @@ def choose(devices: Any, *, partitioned: bool, or_xla: bool) -> tuple[Attend, st
 
 def _xla(operands: Operands, device_kind: str | None) -> tuple[Array, Array]:
     del device_kind
-    out, lse = xla.attend(operands.per_sequence())
-    return out.astype(operands.out_dtype), lse
+    return dispatch.XLA.run(operands)
 
 
 def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:
