@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,8 +103,10 @@ class Constant:
         return jnp.int32(self.value)
 
 
-def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Compiles the kernel of a call for a window of exactly so many tiles, known to the compiler; returns the plan.
+def lower_static(
+    generation: str, fields: dict[str, Any], tiles: int, overrides: dict[str, Any]
+) -> tuple[dict[str, Any], Any]:
+    """The plan of a call's kernel, and the kernel lowered for a window of exactly so many tiles, known to the compiler.
 
     The kernel alone, without XLA's part around it: the simulator fails on some of XLA's copies.
     """
@@ -114,6 +117,7 @@ def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str,
 
     from pallas_kernels.tpu import kernel, launch, lowering, tuning
 
+    call = Call(**fields)
     kernels: list[tuple[Any, Any, list[Any]]] = []
 
     def static_kernel(start: Any, stop: Any, *refs: Any, plan: Any, **rest: Any) -> None:
@@ -139,36 +143,40 @@ def compile_static(generation: str, call: Call, tiles: int, overrides: dict[str,
     jax.clear_caches()
     dataclasses.replace(call, capacity=max(TILES) * 16384).lower(TOPOLOGIES[generation])
     plan, kernel_call, shapes = kernels[0]  # there may be another, for keys that are not finite
-    jax.jit(kernel_call, out_shardings=sharding).lower(*shapes).compile()
-    return dataclasses.asdict(plan) | {"tile": plan.tile}
+    lowered = jax.jit(kernel_call, out_shardings=sharding).lower(*shapes)
+    return dataclasses.asdict(plan) | {"tile": plan.tile}, lowered
 
 
-def estimate_all(folder: Path) -> None:
-    """Reads requests (generation, `Call` fields, overrides), one on each line; prints plan and cycles of each."""
+def serve(lower: Callable[..., tuple[dict[str, Any], Any]]) -> None:
+    """What an `Estimator`'s process does: requests come one on each line, as the arguments of `lower`.
+
+    The answer is printed before its program is compiled, since libtpu may end the process then.
+    """
     for line in sys.stdin:
-        generation, fields, overrides = json.loads(line)
-        cycles, plan = [], {}
-        for tiles in TILES:
-            plan = compile_static(generation, Call(**fields), tiles, overrides)
-            (profile,) = folder.glob("incre_flash_attention*profile.textproto")
-            cycles.append(int(re.findall(r"estimated_cycles: (\d+)", profile.read_text())[0]))
-            profile.unlink()
-        print(json.dumps([plan, cycles]), flush=True)
+        answer, lowered = lower(*json.loads(line))
+        print(json.dumps(answer), flush=True)
+        lowered.compile()
+        print("compiled", flush=True)
 
 
 class Estimator:
-    """A process that estimates one call after another; a new one when libtpu ends it."""
+    """A process that compiles one program after another; a new one when libtpu ends it.
 
-    def __init__(self) -> None:
+    `module` is run with --child and calls `serve`; the kernels' names begin with `kernel`.
+    """
+
+    def __init__(self, module: str, kernel: str) -> None:
+        self.module, self.kernel = module, kernel
+        self.folder = Path(tempfile.mkdtemp())
         self.process: subprocess.Popen[str] | None = None
 
-    def estimate(self, generation: str, call: Call, overrides: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        """The plan of a call, and libtpu's estimated cycles over each of `TILES`."""
+    def estimate(self, *request: Any) -> tuple[dict[str, Any], int]:
+        """The answer to a request, and libtpu's estimated cycles of its kernel."""
         if self.process is None or self.process.poll() is not None:
-            folder = tempfile.mkdtemp()
+            flag = f"--xla_jf_dump_static_llo_profile_to={self.folder}"
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.tpu_static", "--child", folder],
-                env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"},
+                [sys.executable, "-m", self.module, "--child"],
+                env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flag},
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -177,13 +185,16 @@ class Estimator:
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps([generation, dataclasses.asdict(call), overrides]), file=self.process.stdin, flush=True)
+        for stale in self.folder.iterdir():
+            stale.unlink()
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
-        if not answer:
-            self.process.wait()
-            raise RuntimeError(f"{generation} {call}: libtpu wrote no profile")
-        plan, cycles = json.loads(answer)
-        return plan, cycles
+        if not self.process.stdout.readline():
+            self.process.wait()  # for v5e and v5p libtpu may check its program once more, and end here, with a profile
+        profiles = list(self.folder.glob(f"{self.kernel}*profile.textproto"))
+        if not answer or not profiles:
+            raise RuntimeError(f"{request}: libtpu wrote no profile")
+        return json.loads(answer), int(re.findall(r"estimated_cycles: (\d+)", profiles[0].read_text())[0])
 
 
 def measure(
@@ -193,7 +204,8 @@ def measure(
     import jax.numpy as jnp
 
     chip = CHIPS[generation]
-    plan, (few, many) = estimator.estimate(generation, call, overrides or {})
+    estimates = [estimator.estimate(generation, dataclasses.asdict(call), tiles, overrides or {}) for tiles in TILES]
+    (plan, few), (_, many) = estimates
     cycles = (many - few) / (TILES[1] - TILES[0])
     tile_bytes = 2 * plan["tile"] * plan["item_heads"] * call.head_dim * jnp.dtype(call.cache).itemsize
     budget = tile_bytes / chip.bandwidth * chip.clock
@@ -224,12 +236,11 @@ def fingerprint() -> str:
 
 
 class Store:
-    """The rows that this kernel has, in files that several processes may add to."""
+    """The rows that a kernel has, in files that several processes may add to; `order` is all their keys."""
 
-    def __init__(self) -> None:
-        self.json, self.table = RESULTS / "tpu_static.json", RESULTS / "tpu_static.md"
-        self.kernel = fingerprint()
-        self.order = [key(generation, call) for generation in CHIPS for call in cases()]
+    def __init__(self, name: str, kernel: str, order: list[str]) -> None:
+        self.json, self.table = RESULTS / f"{name}.json", RESULTS / f"{name}.md"
+        self.kernel, self.order = kernel, order
 
     def rows(self) -> list[dict[str, Any]]:
         """What is stored of this kernel."""
@@ -241,7 +252,7 @@ class Store:
 
     def add(self, wanted: str, row: dict[str, Any]) -> None:
         """Stores one row more."""
-        with open(RESULTS / ".tpu_static.lock", "w") as lock:
+        with open(self.json.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             rows = [other for other in self.rows() if other["key"] != wanted]
             rows.append({"key": wanted, "kernel": self.kernel} | row)
@@ -258,15 +269,16 @@ def key(generation: str, call: Call) -> str:
 
 def main(
     generations: Annotated[list[str] | None, typer.Argument(help="Of v5e, v5p, v6e, tpu7x; all by default.")] = None,
-    child: Annotated[str | None, typer.Option(hidden=True)] = None,
+    child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
     only: Annotated[str, typer.Option(help="Cases whose description contains this; prints, and writes nothing.")] = "",
     override: Annotated[str, typer.Option(help="JSON of Tuning fields to try; prints, and writes nothing.")] = "{}",
 ) -> None:
     """Static cycles per tile for every generation and case."""
     if child:
-        estimate_all(Path(child))
+        serve(lower_static)
         return
-    estimator, store = Estimator(), Store()
+    estimator = Estimator("benchmarks.tpu_static", "incre_flash_attention")
+    store = Store("tpu_static", fingerprint(), [key(generation, call) for generation in CHIPS for call in cases()])
     keep = not only and override == "{}"
     for generation in generations or CHIPS:
         for call in cases():
