@@ -47,7 +47,7 @@ def ours(
     """`incre_flash_attention` on a contiguous or (block > 0) paged cache, with traced lengths.
 
     Args:
-      shape, dtype: of the step; int8 caches take a float32 query.
+      shape, dtype: of the step; int8 caches take a bfloat16 query.
       layout: "BSH", "BNSD" or "BSND".
       block: `block_size`, or 0.
       capacity: S of the cache where it is more than the visible `shape.length`.
@@ -56,7 +56,7 @@ def ours(
     b, n, k, d = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     s = capacity or shape.length
     query_shape = {"BSH": (b, 1, n * d), "BNSD": (b, n, 1, d), "BSND": (b, 1, n, d)}[layout]
-    query = _random(0, query_shape, "float32" if dtype == "int8" else dtype)
+    query = _random(0, query_shape, "bfloat16" if dtype == "int8" else dtype)
     arrays: dict[str, Any] = {"actual_seq_lengths": jnp.full(b, shape.length, jnp.int32)}
     cache_shape: tuple[int, ...]
     if block:

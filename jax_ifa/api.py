@@ -193,13 +193,14 @@ def incre_flash_attention(
         sizes=sizes,
         input_layout=input_layout,
         precise=precise,
+        return_lse=return_lse,
         implementation=implementation,
     )
     return (out, lse) if return_lse else out
 
 
 # jit, so that an eager call is compiled once and reused; inside a traced program it is simply inlined.
-@functools.partial(jax.jit, static_argnames=("sizes", "input_layout", "precise", "implementation"))
+@functools.partial(jax.jit, static_argnames=("sizes", "input_layout", "precise", "return_lse", "implementation"))
 def _pipeline(
     query: Array,
     key: Array,
@@ -216,6 +217,7 @@ def _pipeline(
     sizes: rules.Sizes,
     input_layout: str,
     precise: bool,
+    return_lse: bool,
     implementation: str | None,
 ) -> tuple[Array, Array]:
     """The transforms around the loop, on valid arguments."""
@@ -245,6 +247,7 @@ def _pipeline(
             precise=precise,
             # What int8 adds to the result comes after the loop.
             out_dtype=out_dtype if antiquant_scale is None and quant[0] is None else jnp.dtype(jnp.float32),
+            keeps_16_bits=out_dtype.itemsize == 2 and quant[0] is None and not return_lse,
         )
         out, lse = attend(operands, implementation)
 

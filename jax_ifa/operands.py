@@ -87,6 +87,8 @@ class Operands:
       precise: float32 throughout (`inner_precise=0`); otherwise an implementation may round the softmax weights to the
         cache's 16-bit dtype for the product with the values.
       out_dtype: what the caller rounds `out` to; an implementation may do so itself, or leave it float32.
+      keeps_16_bits: the caller keeps of the result no more than `out`, and of that 16 bits in the end (whatever is done
+        to it in between, as for int8 caches), so an implementation need not be more precise than that.
 
     R, of each array its own, divides B, and row b of the batch reads row b % R. So a bias of one row serves everyone,
     and a `vmap` that does not map the bias repeats nothing. Nothing has to be repeated or clamped before a kernel
@@ -102,6 +104,7 @@ class Operands:
     bias: Array | None = None
     precise: bool = dataclasses.field(default=False, metadata={"static": True})
     out_dtype: jnp.dtype = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
+    keeps_16_bits: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def batch(self) -> int:

@@ -7,6 +7,7 @@ the other the elements of a key (or those of consecutive values, interleaved), i
 A narrow lane holds fewer bits than a float32. So query and weights are split into digits, each a row of its own, whose
 products are put together in float32. With three bytes, x = scale * (2**16 * high + 2**8 * middle + low) to within
 float32's own precision; with two bfloat16, x = high + low to within 2**-17. A query that is bfloat16 already needs one.
+Where 16 bits of the result are all that is kept of it, two bytes do, which hold 16 bits, and one bfloat16 for a weight.
 """
 
 import dataclasses
@@ -45,16 +46,18 @@ class Format:
         return self.pack == 4
 
 
-def format_of(dtype: str, precise: bool, machine: Machine) -> Format:
+def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False) -> Format:
     """The fastest format of `machine` for caches of this dtype.
 
     Args:
       dtype: of the cache.
       precise: float32 throughout: the softmax weights are not rounded to the cache's 16-bit dtype.
       machine: to run on.
+      narrow: the result has 16 bits, and need not be more precise than that; not together with `precise`.
     """
     if dtype == "bfloat16" and machine.bfloat16_dot and not precise:
-        return Format("bfloat16_pairs", dtype, 2, 1, 2, 64)
+        return Format(f"bfloat16_pairs{'_narrow' if narrow else ''}", dtype, 2, 1, 1 if narrow else 2, 64)
     if dtype == "int8" and machine.int8_dot:
-        return Format("int8_quads", dtype, 4, 3, 3, 64)
+        digits = 2 if narrow else 3
+        return Format(f"int8_quads{'_narrow' if narrow else ''}", dtype, 4, digits, digits, 64)
     return Format(dtype, dtype, 1, 1, 1, 64)

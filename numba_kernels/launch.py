@@ -43,8 +43,17 @@ def _register(form: Format, machine: Machine) -> str:
 
 def _target_of(operands: Operands) -> str:
     """The registered kernel for these operands on this machine."""
-    machine = this_machine()
-    return _register(format_of(str(operands.kv.key.dtype), operands.precise, machine), machine)
+    machine, dtype = this_machine(), str(operands.kv.key.dtype)
+    return _register(format_of(dtype, operands.precise, machine, _narrow(operands)), machine)
+
+
+def _narrow(operands: Operands) -> bool:
+    """Whether the products of keys and values need not be more precise than 16 bits."""
+    if operands.precise:
+        return False
+    if operands.kv.key.dtype == jnp.int8:  # the LSE would show that the query has fewer digits
+        return operands.keeps_16_bits
+    return operands.out_dtype.itemsize == 2
 
 
 def _call(operands: Operands) -> tuple[Array, Array]:

@@ -31,8 +31,9 @@ F = np.float32
 MINUS_INFINITY = F(-np.inf)
 MASKED = F(MASK_VALUE)
 MEMORY_PAGE = 4096  # bytes, at least
-# Of three digits, the highest of 127: what is left of a float32 query is below its own last place.
-LARGEST_QUERY = F(127 * 2**16 + 127 * 2**8)
+# By the number of digits, with a highest digit of 127. Of three, what is left of a float32 query is below its own last
+# place.
+LARGEST_QUERY = {2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
 
 
 @native
@@ -62,6 +63,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last)`."""
     lanes, pack, tile = machine.lanes, form.pack, form.tile
     query_digits, integer, itemsize = form.query_digits, form.integer, form.itemsize
+    largest_query = F(LARGEST_QUERY.get(query_digits, 0))
     score, weigh, add_values = (tiles[name].external for name in ("scores", "weigh", "values"))
     pack_keys = tiles["pack_keys"].external if integer else None
 
@@ -82,7 +84,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                     x = load_float32(query + 4 * d)
                     largest = max(largest, abs(x))
                     total += x * F(0)  # NaN if the query holds a NaN or an infinity
-                step = max(largest, F(1e-30)) / LARGEST_QUERY + total
+                step = max(largest, F(1e-30)) / largest_query + total
                 inverse = F(1) / step
                 initial = s.initial + 4 * query_digits * i
                 for digit in range(query_digits):
@@ -90,7 +92,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                 for d in range(call.head_dim):
                     x = load_float32(query + 4 * d) * inverse
                     whole = 0
-                    if abs(x) <= LARGEST_QUERY + F(2):  # not NaN
+                    if abs(x) <= largest_query + F(2):  # not NaN
                         whole = np.int64(np.rint(x))
                     for digit in range(query_digits - 1, -1, -1):
                         low = ((whole + 128) & 255) - 128

@@ -23,7 +23,6 @@ from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 from numba_kernels.vectors import F32, I8, I32, I64, LINE, Vectors
 
-WEIGHT_ONE = 2**24 - 1  # the integer that three digits hold for a weight of 1
 _INT = types.int64
 
 
@@ -339,8 +338,7 @@ def _weigh(form: Format) -> Tile:
             shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
             exps = [v.exp(builder.fsub(x, shift)) for x in read]
             line = v.address(weights, h, 4 * form.weight_digits * (form.tile // form.pack))
-            for i, weight in enumerate(exps):
-                _store_weight(v, form, weight, line, i)
+            exps = [_store_weight(v, form, weight, line, i) for i, weight in enumerate(exps)]
             v.store(top, v.address(tops, h, 4))
             v.store(v.reduce("fadd", exps), v.address(totals, h, 4))
 
@@ -361,9 +359,18 @@ def _weigh(form: Format) -> Tile:
     return Tile("weigh", 6, body)
 
 
-def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, index: int) -> None:
-    """Vector `index` of a head's weights, into the row or rows of its digits."""
-    builder, lanes = v.builder, v.lanes
+def _weight_of_one(form: Format) -> int:
+    """The integer that the digits of a weight of 1 hold."""
+    return int(256**form.weight_digits) - 1
+
+
+def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, index: int) -> ir.Value:
+    """Vector `index` of a head's weights, into the row or rows of its digits; and what to sum of it.
+
+    Two bytes are rounded, and the sum is of what they hold, so that many weights too small for them do no harm. Three
+    hold more than a float32 of 1 does in its last place, and are cut off.
+    """
+    builder, lanes, summed = v.builder, v.lanes, weight
     rows = [v.address(at, i, 4 * (form.tile // form.pack)) for i in range(form.weight_digits)]
     if form.pack == 1:
         v.store(weight, v.address(rows[0], index, 4 * lanes))
@@ -372,13 +379,18 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
             half, weight = v.round_to_bfloat16(weight)
             v.store(half, v.address(row, index, 2 * lanes))
     else:
-        scaled = builder.fmul(weight, v.constant(v.floats, WEIGHT_ONE))
+        one = _weight_of_one(form)
+        scaled = builder.fmul(weight, v.constant(v.floats, one))
+        if form.weight_digits < 3:
+            scaled = v.float_function("rint", scaled)
+            summed = builder.fmul(scaled, v.constant(v.floats, 1.0 / one))
         # maxnum turns a NaN into a number: the sum of the weights is NaN by then, and so will the result be.
         whole = builder.fptosi(v.float_function("maxnum", scaled, v.constant(v.floats, 0.0)), v.ints)
         for digit, row in enumerate(rows):
             shift = v.constant(v.ints, 8 * (form.weight_digits - 1 - digit))
             byte = builder.trunc(builder.lshr(whole, shift), ir.VectorType(I8, lanes))
             v.store(byte, v.address(row, index, lanes))
+    return summed
 
 
 def _values(form: Format, machine: Machine, heads: int) -> Tile:
@@ -439,7 +451,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             for h in range(heads):
                 fade, share = (v.load(v.address(base, h, 4), F32) for base in (fades, shares))
                 if form.integer:
-                    share = builder.fmul(share, ir.Constant(F32, 1.0 / WEIGHT_ONE))
+                    share = builder.fmul(share, ir.Constant(F32, 1.0 / _weight_of_one(form)))
                 forget, ignore = (builder.fcmp_ordered("==", x, ir.Constant(F32, 0.0)) for x in (fade, share))
                 fade, share, zero = v.splat(fade), v.splat(share), v.constant(v.floats, 0.0)
                 line = builder.add(

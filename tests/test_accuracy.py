@@ -1,8 +1,11 @@
-"""The error against float64, beside that of `jax.nn.dot_product_attention` on the same inputs.
+"""The error against float64, beside that of the libraries on the same inputs.
 
 Float32 rounding is a matter of luck on a single call: over seeds, either is ahead by up to 1.5 times. So the error is
 pooled over shapes and seeds.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +63,59 @@ def test_no_worse_than_jax_nn(dtype: str, inner_precise: int, implementation: st
             ]
     ours_rms, theirs_rms = np.sqrt(squares / (len(SHAPES) * len(SEEDS)))
     assert ours_rms <= theirs_rms, f"relative error {ours_rms:.3g}, jax.nn {theirs_rms:.3g}"
+
+
+def torch_sdpa(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """PyTorch's attention on BSND arrays of bfloat16."""
+    torch = pytest.importorskip("torch")
+
+    def tensor(x: np.ndarray) -> object:
+        return torch.tensor(x.astype(np.float32)).to(torch.bfloat16).transpose(1, 2)
+
+    out = torch.nn.functional.scaled_dot_product_attention(*map(tensor, (query, key, value)), enable_gqa=True)
+    return out.transpose(1, 2).float().numpy()
+
+
+def jax_nn(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """JAX's."""
+    with jax.numpy_dtype_promotion("standard"):  # it needs that
+        return np.asarray(jax.nn.dot_product_attention(*map(jnp.asarray, (query, key, value))))
+
+
+@pytest.mark.parametrize("theirs", [torch_sdpa, jax_nn])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+def test_long_contexts(int8: bool, implementation: str, theirs: Callable[..., np.ndarray]) -> None:
+    """Many tiny weights, all alike, or all but a few of them vanishing; the libraries are given int8 as bfloat16."""
+    b, n, k, s, d, dtype = 1, 8, 2, 8192, 64, DTYPES["bfloat16"]
+    squares = np.zeros(2)  # ours, theirs
+    for spread in (0.01, 0.3, 1.0, 8.0):  # of the scores
+        rng = np.random.default_rng(1)
+        query = (spread * rng.normal(size=(b, 1, n, d))).astype(dtype)
+        kwargs: dict[str, Any] = {}
+        if int8:
+            key, value = (rng.integers(-128, 128, (b, s, k, d)).astype(np.int8) for _ in range(2))
+            scales = rng.uniform(0.01, 0.02, (2, k, d)).astype(dtype)
+            kwargs["antiquant_scale"] = scales
+            meant = [x * scale.astype(np.float32) for x, scale in zip((key, value), scales, strict=True)]
+        else:
+            key, value = (rng.normal(size=(b, s, k, d)).astype(dtype) for _ in range(2))
+            meant = [key, value]
+        ours = incre_flash_attention(
+            query,
+            key,
+            value,
+            num_heads=n,
+            num_key_value_heads=k,
+            input_layout="BSND",
+            scale_value=d**-0.5,
+            implementation=implementation,
+            **kwargs,
+        )
+        truth = exact(query, *meant, np.full(b, s))
+        squares += [
+            np.mean(np.square(np.asarray(x, np.float64) - truth)) / np.mean(np.square(truth))
+            for x in (ours, theirs(query, *(x.astype(dtype) for x in meant)))
+        ]
+    ours_rms, theirs_rms = np.sqrt(squares / 4)
+    assert ours_rms <= theirs_rms, f"relative error {ours_rms:.3g}, theirs {theirs_rms:.3g}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_close
+from cases import TOLERANCE, Case, assert_close, run_reference
 
 import numba_kernels
 from jax_ifa import incre_flash_attention
@@ -62,6 +62,7 @@ class TestMachine:
         assert format_of("bfloat16", False, machine).pack == 2
         assert format_of("bfloat16", True, machine).pack == 1
         assert format_of("int8", True, machine).pack == 4  # exact to float32 as it is
+        assert format_of("bfloat16", True, machine, narrow=True).pack == 1
         assert format_of("int8", False, without(machine, int8_dot=None)).pack == 1
 
 
@@ -72,6 +73,50 @@ SMALL = [
     Case(heads=7, kv_heads=1, capacity=130, head_dim=24, lengths="zero"),
     Case(int8=True, dtype="bfloat16", layout="BSH", antiquant="flat", head_dim=20, capacity=70, mask="3d:uint8:full"),
 ]
+
+
+FEWER_DIGITS = [
+    Case(int8=True, dtype="bfloat16", heads=8, kv_heads=1, capacity=150, offset=True, mask="4d", bias="batch"),
+    Case(int8=True, dtype="float16", layout="BSND", block=32, head_dim=72, heads=6, antiquant="flat", offset=True),
+    Case(int8=True, dtype="bfloat16", heads=3, kv_heads=3, lengths="zero", mask="3d:uint8:full", head_dim=20),
+    Case(dtype="bfloat16", heads=16, kv_heads=2, capacity=300, mask="2d:full", lengths=None),
+]
+
+
+@pytest.mark.parametrize("case", FEWER_DIGITS, ids=str)
+def test_where_16_bits_are_kept_of_the_result(case: Case) -> None:
+    """The grid asks for the LSE, which is float32."""
+    args, kwargs = case.inputs()
+    out = incre_flash_attention(*args, implementation="numba", **kwargs)
+    expected, _ = run_reference(args, kwargs)
+    tolerance = TOLERANCE[case.dtype] * max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("case", "return_lse", "narrow"),
+    [
+        (Case(dtype="bfloat16"), True, True),
+        (Case(dtype="bfloat16", quant="tensor"), False, False),
+        (Case(int8=True, dtype="bfloat16"), False, True),
+        (Case(int8=True, dtype="bfloat16"), True, False),
+        (Case(int8=True, dtype="float32"), False, False),
+        (Case(int8=True, dtype="bfloat16", quant="tensor"), False, False),
+        (Case(int8=True, dtype="bfloat16", inner_precise=0), False, False),
+    ],
+    ids=str,
+)
+def test_fewer_digits_only_where_nothing_shows_it(
+    case: Case, return_lse: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[bool] = []
+    monkeypatch.setattr(launch, "this_machine", lambda: describe("znver4", AVX512, "x86_64"))
+    monkeypatch.setattr(launch, "_register", lambda form, machine: chosen.append("narrow" in form.name) or "nothing")
+    args, kwargs = case.inputs()
+    jax.jit(
+        lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", return_lse=return_lse, **kwargs)
+    ).lower(*args)
+    assert set(chosen) == {narrow}
 
 
 NO_DOTS = dict(bfloat16_dot=None, int8_dot=None)
