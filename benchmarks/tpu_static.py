@@ -162,21 +162,24 @@ def serve(lower: Callable[..., tuple[dict[str, Any], Any]]) -> None:
 class Estimator:
     """A process that compiles one program after another; a new one when libtpu ends it.
 
-    `module` is run with --child and calls `serve`; the kernels' names begin with `kernel`.
+    `module` is run with --child and calls `serve`; the kernels' names begin with `kernel`; `flags` are libtpu's.
     """
 
-    def __init__(self, module: str, kernel: str) -> None:
-        self.module, self.kernel = module, kernel
-        self.folder = Path(tempfile.mkdtemp())
+    def __init__(self, module: str, kernel: str, *flags: str) -> None:
+        self.module, self.kernel, self.flags = module, kernel, flags
+        self.temporary = tempfile.TemporaryDirectory()  # as long as this lives
+        self.folder = Path(self.temporary.name)
         self.process: subprocess.Popen[str] | None = None
 
     def estimate(self, *request: Any) -> tuple[dict[str, Any], int]:
         """The answer to a request, and libtpu's estimated cycles of its kernel."""
         if self.process is None or self.process.poll() is not None:
-            flag = f"--xla_jf_dump_static_llo_profile_to={self.folder}"
+            # Where libtpu ends the process it would write the whole program, up to 1 GB, into three logs in /tmp.
+            logs = {"TPU_LOG_DIR": str(self.folder), "TPU_MIN_LOG_LEVEL": "3"}
+            flags = " ".join([f"--xla_jf_dump_static_llo_profile_to={self.folder}", *self.flags])
             self.process = subprocess.Popen(
                 [sys.executable, "-m", self.module, "--child"],
-                env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flag},
+                env=os.environ | ENVIRONMENT | logs | {"LIBTPU_INIT_ARGS": flags},
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
