@@ -39,6 +39,7 @@ class Refs(NamedTuple):
     cursor: (3,) int32 in scalar memory: the slot to read next, and the item and tile to fetch next.
     top, total: (groups * rows, 128) float32, running maximum and sum, the same in every lane.
     accumulator: (groups * rows, width) float32.
+    packed_query: (groups, query_terms * rows, width), this item's query as the matrix unit takes it.
     """
 
     start: Any
@@ -61,6 +62,7 @@ class Refs(NamedTuple):
     top: Any
     total: Any
     accumulator: Any
+    packed_query: Any
 
 
 KEY, VALUE, MASK, BIAS = range(4)  # columns of the semaphores
@@ -117,6 +119,7 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
     r.top[...] = jnp.full_like(r.top, -jnp.inf)
     r.total[...] = jnp.zeros_like(r.total)
     r.accumulator[...] = jnp.zeros_like(r.accumulator)
+    _pack_query(r, plan)
 
     def visit(tile: Array, _: None) -> None:
         slot, next_item, next_tile = r.cursor[0], r.cursor[1], r.cursor[2]
@@ -168,6 +171,17 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
         for i, other in enumerate(others, 1):
             out = jnp.where(_own_lanes(plan, total.shape[0]) == i, other, out)
     r.out[0] = out.reshape(r.out.shape[1:])
+
+
+def _pack_query(r: Refs, plan: Plan) -> None:
+    """The item's query block diagonal over all lanes of a group, and in terms; once, for all tiles."""
+    places = plan.width // plan.own_width
+    for group in range(plan.groups):
+        query = r.query[0, 0, group]
+        if places > 1:
+            own = _own_lanes(plan, plan.rows)
+            query = jnp.concatenate([jnp.where(own == i, query, 0.0) for i in range(places)], axis=1)
+        r.packed_query[group] = jnp.concatenate(split_bfloat16(query, plan.query_terms), axis=0)
 
 
 def _own_lanes(plan: Plan, rows: int) -> Array:
@@ -427,11 +441,11 @@ def _accumulate(
                 elif edge and selects:
                     axis = 1 if plan.form == "columns" else 0
                     value = _select(value, inside((1, size) if axis else (size, 1), axis))
-                weight = [term[rows, these] for term in terms]
+                weight = _stacked([term[rows, these] for term in terms], value.dtype)
                 if plan.apart and plan.interleaved > 1:
                     pieces.append(_products_apart(plan, weight, value, begin + cut * each * plan.chunk))
                 else:
-                    pieces.append(_product(weight, value, transposed=plan.form == "columns"))
+                    pieces.append(_product(weight, value, plan.weight_terms, transposed=plan.form == "columns"))
                 passed(VALUES_SHARE / steps)
             products.append(functools.reduce(jnp.add, pieces))
         accumulated = accumulated * decay[:, :1]
@@ -470,14 +484,10 @@ def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
 def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     """q . k for one group of heads: (rows, size) float32, unscaled."""
     key = _load(r.key_tile, plan, place, group)
-    query = r.query[0, 0, group]
-    if plan.own_width < plan.width:
-        places = range(plan.width // plan.own_width)
-        query = jnp.concatenate([jnp.where(_own_lanes(plan, plan.rows) == i, query, 0.0) for i in places], axis=1)
-    query = split_bfloat16(query, plan.query_terms)
+    query = r.packed_query[group].astype(key.dtype)
     rows_are_positions = plan.form != "columns"
     if not plan.apart or plan.packed == 1:
-        return _product(query, key, transposed=rows_are_positions)
+        return _product(query, key, plan.query_terms, transposed=rows_are_positions)
 
     def of_head(j: int, size: int, shape: tuple[int, int]) -> Array:
         index = lax.broadcasted_iota(jnp.int32, shape, 0 if shape[1] == 1 else 1)
@@ -486,31 +496,35 @@ def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     scores = jnp.zeros((plan.rows, 1), jnp.float32)
     for j in range(plan.packed):
         mine = of_head(j, plan.head_dim, (1, plan.width) if rows_are_positions else (plan.width, 1))
-        alone = _product(query, _select(key, mine), transposed=rows_are_positions)
+        alone = _product(query, _select(key, mine), plan.query_terms, transposed=rows_are_positions)
         scores = jnp.where(of_head(j, plan.group, (plan.rows, 1)), alone, scores)
     return scores
 
 
-def _products_apart(plan: Plan, weights: list[Array], value: Array, begin: Array) -> Array:
+def _products_apart(plan: Plan, weights: Array, value: Array, begin: Array) -> Array:
     """The weights of each head times its own values among interleaved ones: (rows, D) float32."""
     head_of_row = lax.div(lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0), plan.group // plan.interleaved)
     head_of_position = lax.rem(begin + lax.broadcasted_iota(jnp.int32, (value.shape[0], 1), 0), plan.interleaved)
 
     def add(head: Array, products: Array) -> Array:
-        alone = _product(weights, _select(value, head_of_position == head), transposed=False)
+        alone = _product(weights, _select(value, head_of_position == head), plan.weight_terms, transposed=False)
         return jnp.where(head_of_row == head, alone, products)
 
     return lax.fori_loop(0, plan.interleaved, add, jnp.zeros((plan.rows, value.shape[1]), jnp.float32))
 
 
-def _product(terms: list[Array], right: Array, *, transposed: bool) -> Array:
-    """The sum of `terms`, each (rows, n), times `right`, in its dtype: (rows, m) float32.
+def _stacked(terms: list[Array], dtype: jnp.dtype) -> Array:
+    """`terms`, each (rows, n) float32, as one operand of the matrix unit: (terms * rows, n).
 
     They are stacked before they are narrowed, since a tile of a 16-bit array has more rows than one of them.
     """
-    stacked = terms[0] if len(terms) == 1 else jnp.concatenate(terms, axis=0)
-    products = _dot(stacked.astype(right.dtype), right, transposed=transposed)
-    return functools.reduce(jnp.add, jnp.split(products, len(terms), axis=0))
+    return (terms[0] if len(terms) == 1 else jnp.concatenate(terms, axis=0)).astype(dtype)
+
+
+def _product(stacked: Array, right: Array, terms: int, *, transposed: bool) -> Array:
+    """The sum of the terms, each (rows, n), that `_stacked` stacked, times `right`, in its dtype: (rows, m) float32."""
+    products = _dot(stacked, right, transposed=transposed)
+    return functools.reduce(jnp.add, jnp.split(products, terms, axis=0))
 
 
 def _dot(left: Array, right: Array, *, transposed: bool) -> Array:

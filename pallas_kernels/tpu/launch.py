@@ -109,6 +109,7 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
                 pltpu.VMEM((all_rows, LANES), jnp.float32),
                 pltpu.VMEM((all_rows, LANES), jnp.float32),
                 pltpu.VMEM((all_rows, plan.width), jnp.float32),
+                pltpu.VMEM((plan.groups, plan.query_terms * plan.rows, plan.width), jnp.float32),
             ],
         ),
         out_shape=[
