@@ -231,7 +231,7 @@ def measure(
 def fingerprint() -> str:
     """Of what a row depends on, comments aside."""
     package = ROOT / "pallas_kernels" / "tpu"
-    files = ("kernel.py", "launch.py", "parts.py", "plan.py", "storage.py")
+    files = ("kernel.py", "launch.py", "narrow.py", "parts.py", "plan.py", "storage.py")
     sources = [ast.dump(ast.parse((package / name).read_text())) for name in files]
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     text = "\n".join([*sources, (package / "tuning.json").read_text(), *versions])

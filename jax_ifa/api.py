@@ -244,7 +244,7 @@ def _pipeline(
             stop=stop,
             mask=None if mask is None else mask_rows(mask, sizes.capacity),
             bias=None if bias is None else bias_rows(bias, num_kv_heads=num_kv_heads),
-            precise=precise,
+            precise=precise or out_dtype == jnp.float32,
             # What int8 adds to the result comes after the loop.
             out_dtype=out_dtype if antiquant_scale is None and quant[0] is None else jnp.dtype(jnp.float32),
             keeps_16_bits=out_dtype.itemsize == 2 and quant[0] is None and not return_lse,

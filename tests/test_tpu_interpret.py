@@ -100,6 +100,13 @@ def test_tiles_in_stages(case: Case, many_copies: bool, monkeypatch: pytest.Monk
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
+def test_a_tile_of_many_copies_longer_than_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles_in_stages(monkeypatch, many_copies=True)
+    args, kwargs = Case(batch=1, head_dim=128, capacity=360, block=16, lengths=(360,), dtype="bfloat16").inputs()
+    assert kwargs["block_table"].shape == (1, 23)  # and a tile of 384 positions has 24
+    assert_close(*interpret(args, kwargs), args, kwargs)
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_cores_share_the_work(batch: int, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,18 @@ from pallas_kernels.tpu import lowering, plan
 from pallas_kernels.tpu.tuning import Tuning
 
 
-def small_tiles(monkeypatch: pytest.MonkeyPatch, *, cores: int = 1, tile_bytes: int = 1 << 16) -> None:
+def small_tiles(
+    monkeypatch: pytest.MonkeyPatch, *, cores: int = 1, tile_bytes: int = 1 << 16, int8_products: bool = True
+) -> None:
     """Tiles of 128 positions, so that a few hundred make several, some of them whole."""
-    tuning = Tuning(cores=cores, slots=3, matrix_width=128, tile_bytes=tile_bytes, vmem_limit_bytes=1 << 24)
+    tuning = Tuning(
+        cores=cores,
+        slots=3,
+        matrix_width=128,
+        tile_bytes=tile_bytes,
+        vmem_limit_bytes=1 << 24,
+        int8_products=int8_products,
+    )
     monkeypatch.setattr(lowering, "tuning_for", lambda kind: tuning)
 
 

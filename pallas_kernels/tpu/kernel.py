@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_ifa.masking import MASK_VALUE
+from pallas_kernels.tpu.narrow import DIGITS, from_digits, int8_digits, split_bfloat16
 from pallas_kernels.tpu.plan import Plan
 from pallas_kernels.tpu.storage import LANES
 
@@ -39,7 +40,8 @@ class Refs(NamedTuple):
     cursor: (3,) int32 in scalar memory: the slot to read next, and the item and tile to fetch next.
     top, total: (groups * rows, 128) float32, running maximum and sum, the same in every lane.
     accumulator: (groups * rows, width) float32.
-    packed_query: (groups, query_terms * rows, width), this item's query as the matrix unit takes it.
+    packed_query: (groups, query_rows, width), this item's query: its terms in float32, or its digits in int8.
+    step: (groups * rows, 128) float32, what the digits' products of a row are multiplied by, the same in every lane.
     """
 
     start: Any
@@ -63,27 +65,13 @@ class Refs(NamedTuple):
     total: Any
     accumulator: Any
     packed_query: Any
+    step: Any
 
 
 KEY, VALUE, MASK, BIAS = range(4)  # columns of the semaphores
 
-SCORES_SHARE, SOFTMAX_SHARE, VALUES_SHARE = 0.25, 0.35, 0.4
-"""What scores, softmax and products with values take of a tile's time, roughly."""
-
-
-def split_bfloat16(x: Array, terms: int) -> list[Array]:
-    """A float32 array as float32 arrays whose sum it is, of which bfloat16 holds all but the last; of three, all.
-
-    The low bits are cut off, not rounded, through integers: a compiler may take a rounding there and back for nothing.
-    """
-    parts = []
-    for _ in range(terms - 1):
-        head = lax.bitcast_convert_type(
-            lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32
-        )  # the upper 16 bits
-        parts.append(head)
-        x = x - head
-    return [*parts, x]
+SCORES_SHARE, SOFTMAX_SHARE, VALUES_SHARE = 0.3, 0.1, 0.6
+"""Where the copies of a tile are started if they are many. Beside the softmax few, or scalar registers run out."""
 
 
 def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) -> None:
@@ -94,6 +82,7 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
         "mask_tile": not plan.masked,
         "bias": not plan.biased,
         "bias_tile": not plan.biased,
+        "step": not plan.digits,
     }
     given = iter(refs)
     r = Refs(*(None if absent.get(name) else next(given) for name in Refs._fields))
@@ -119,7 +108,7 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
     r.top[...] = jnp.full_like(r.top, -jnp.inf)
     r.total[...] = jnp.zeros_like(r.total)
     r.accumulator[...] = jnp.zeros_like(r.accumulator)
-    _pack_query(r, plan)
+    _pack_query(r, plan, item)
 
     def visit(tile: Array, _: None) -> None:
         slot, next_item, next_tile = r.cursor[0], r.cursor[1], r.cursor[2]
@@ -173,15 +162,22 @@ def decode_kernel(*refs: Any, plan: Plan, rows_of_bias: int, rows_of_mask: int) 
     r.out[0] = out.reshape(r.out.shape[1:])
 
 
-def _pack_query(r: Refs, plan: Plan) -> None:
-    """The item's query block diagonal over all lanes of a group, and in terms; once, for all tiles."""
+def _pack_query(r: Refs, plan: Plan, item: Array) -> None:
+    """The item's query block diagonal over all lanes of a group, in terms or digits; once, for all tiles."""
     places = plan.width // plan.own_width
     for group in range(plan.groups):
         query = r.query[0, 0, group]
         if places > 1:
             own = _own_lanes(plan, plan.rows)
             query = jnp.concatenate([jnp.where(own == i, query, 0.0) for i in range(places)], axis=1)
-        r.packed_query[group] = jnp.concatenate(split_bfloat16(query, plan.query_terms), axis=0)
+        if not plan.digits:
+            r.packed_query[group] = jnp.concatenate(split_bfloat16(query, plan.query_terms), axis=0)
+            continue
+        digits, step = int8_digits(query)
+        if spare := plan.query_rows - DIGITS * plan.rows:
+            digits.append(jnp.zeros((spare, plan.width), jnp.int32))
+        r.packed_query[group] = jnp.concatenate(digits, axis=0).astype(jnp.int8)
+        r.step[pl.ds(group * plan.rows, plan.rows)] = jnp.broadcast_to(step * r.scale[item], (plan.rows, LANES))
 
 
 def _own_lanes(plan: Plan, rows: int) -> Array:
@@ -241,7 +237,7 @@ class _Fetch:
                 lax.rem(chunk, plan.chunks_per_page),
             )
         )
-        page = sequence if refs.table is None else refs.table[sequence * plan.table_width + page_index]
+        page = sequence if refs.table is None else self._page(sequence, tile, j, page_index)
         offset = piece * plan.chunk
         heads = pl.ds(block * plan.item_heads, plan.item_heads)
         rows: tuple[Any, ...] = (pl.ds(offset, plan.chunk),)
@@ -260,6 +256,16 @@ class _Fetch:
         for part in parts:
             pages, tiles = (refs.key, refs.key_tile) if part == KEY else (refs.value, refs.value_tile)
             pltpu.make_async_copy(pages.at[index], tiles.at[slot, j], refs.semaphores.at[slot, part]).start()
+
+    def _page(self, sequence: Array, tile: Array, j: Any, column: Array) -> Array:
+        """The id of a sequence's page in a column of the table, where chunk j of the tile lies."""
+        plan, table = self.plan, self.refs.table
+        many = plan.cuts > 1 and plan.chunks <= table.shape[0]
+        if not many or not isinstance(j, int) or plan.chunks_per_page > 1:
+            return table[sequence * plan.table_width + column]
+        # A whole tile of many: its entries are at constant distances from the first, which their loads add for nothing.
+        following = table.at[pl.ds(j, table.shape[0] - plan.chunks + 1)]
+        return following[sequence * plan.table_width + tile * plan.chunks]
 
     def _row_copies(self, item: Array, tile: Array, slot: Array) -> list[Any]:
         """The copies of the mask's and the bias's part of a tile."""
@@ -407,7 +413,7 @@ def _accumulate(
             return (low <= position) & (position < high)
 
         positions = pl.ds(offset if isinstance(offset, int) else pl.multiple_of(offset, LANES), size)
-        scores = scores * r.scale[item]
+        scores = scores * (r.step[:, :1] if plan.digits else r.scale[item])
         if plan.biased:
             scores = scores + r.bias_tile[slot, :, positions].astype(jnp.float32)
         if plan.masked:
@@ -434,7 +440,7 @@ def _accumulate(
             pieces = []
             for cut, place in enumerate(places):
                 these = slice(cut * each * plan.chunk, (cut + 1) * each * plan.chunk)
-                value = _load(r.value_tile, plan, place, group)
+                value = _for_terms(_load(r.value_tile, plan, place, group))
                 if by_weight:
                     used = jnp.max(weights[rows, these], axis=0, keepdims=True) > 0.0  # (1, positions)
                     value = _select(value, used if plan.form == "columns" else _as_column(used))
@@ -460,9 +466,8 @@ Place = tuple[Any, Any, int]
 
 
 def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
-    """Positions of one group of heads, ready for the matrix unit: (size, width), or (width, size) in columns."""
+    """Positions of one group of heads, as stored: (size, width), or (width, size) in columns."""
     heads = range(group * plan.packed, (group + 1) * plan.packed)
-    dtype = jnp.bfloat16 if tiles.dtype == jnp.int8 else tiles.dtype
     slot, first, chunks = place
     size, these = chunks * plan.chunk, pl.ds(first, chunks)
     match plan.form:
@@ -478,14 +483,23 @@ def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
                 stacked = [tiles[slot, first + j, h].reshape(plan.head_dim, plan.chunk) for h in heads]
                 columns.append(stacked[0] if len(stacked) == 1 else jnp.concatenate(stacked, axis=0))
             tile = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
-    return tile.astype(dtype)
+    return tile
+
+
+def _for_terms(tile: Array) -> Array:
+    """Keys or values in a dtype that terms of float32 numbers have; bfloat16 holds every int8."""
+    return tile.astype(jnp.bfloat16) if tile.dtype == jnp.int8 else tile
 
 
 def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     """q . k for one group of heads: (rows, size) float32, unscaled."""
     key = _load(r.key_tile, plan, place, group)
-    query = r.packed_query[group].astype(key.dtype)
     rows_are_positions = plan.form != "columns"
+    if plan.digits:
+        products = _dot(r.packed_query[group], key, transposed=rows_are_positions)
+        return from_digits(*(products[i * plan.rows : (i + 1) * plan.rows] for i in range(DIGITS)))
+    key = _for_terms(key)
+    query = r.packed_query[group].astype(key.dtype)
     if not plan.apart or plan.packed == 1:
         return _product(query, key, plan.query_terms, transposed=rows_are_positions)
 
@@ -528,10 +542,11 @@ def _product(stacked: Array, right: Array, terms: int, *, transposed: bool) -> A
 
 
 def _dot(left: Array, right: Array, *, transposed: bool) -> Array:
-    """left @ right, or left @ right.T, accumulated in float32; every bit of float32 operands counts."""
+    """left @ right, or left @ right.T, in float32, or of int8 in int32; every bit of float32 operands counts."""
     precision = lax.Precision.HIGHEST if right.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    accumulator = jnp.int32 if right.dtype == jnp.int8 else jnp.float32
+    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=accumulator)
 
 
 def _select(value: Array, keep: Array) -> Array:

@@ -109,7 +109,8 @@ def _call(kernel: Callable[..., None], plan: Plan, scalars: list[Array], arrays:
                 pltpu.VMEM((all_rows, LANES), jnp.float32),
                 pltpu.VMEM((all_rows, LANES), jnp.float32),
                 pltpu.VMEM((all_rows, plan.width), jnp.float32),
-                pltpu.VMEM((plan.groups, plan.query_terms * plan.rows, plan.width), jnp.float32),
+                pltpu.VMEM((plan.groups, plan.query_rows, plan.width), jnp.int8 if plan.digits else jnp.float32),
+                *([pltpu.VMEM((all_rows, LANES), jnp.float32)] if plan.digits else []),
             ],
         ),
         out_shape=[

@@ -6,7 +6,8 @@ import math
 import jax.numpy as jnp
 
 from jax_ifa.operands import Operands
-from pallas_kernels.tpu.storage import LANES, alignment, form
+from pallas_kernels.tpu.narrow import DIGITS
+from pallas_kernels.tpu.storage import LANES, ROWS, alignment, form
 from pallas_kernels.tpu.tuning import Tuning
 
 SUBLANES = 8
@@ -14,7 +15,7 @@ MAX_CHUNK = 512
 MAX_TILE = 16384
 MAX_ITEM_ROWS = 512
 MANY_COPIES = 512  # of keys, and as many of values, whose starting takes longer than the arithmetic of a tile
-MAX_CUTS = 16  # of all stages
+MAX_CUTS = 32  # of all stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Plan:
       stages: parts of a whole tile with a softmax each.
       cuts: pieces in which a stage is multiplied, so that many copies can be started in between.
       query_terms, weight_terms: bfloat16 numbers whose sum stands for one float32 query element or softmax weight.
+      digits: the query is multiplied in int8 digits instead, by keys as they are.
       row_groups: whether the rows of a cache, positions or in columns D, are viewed in groups of 8.
       splits: parts each sequence's window is cut into, 1 or the number of cores.
       masked, biased: whether there is a mask, a bias.
@@ -68,6 +70,7 @@ class Plan:
     cuts: int
     query_terms: int
     weight_terms: int
+    digits: bool
     row_groups: bool
     splits: int
     masked: bool
@@ -86,6 +89,11 @@ class Plan:
         """Lanes of a row in the query and the output: the fewest heads, its own among them, that fill whole lanes."""
         whole = math.lcm(self.head_dim, LANES)
         return whole if self.width % whole == 0 else self.width
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of a group's query in all its terms or digits; digits fill whole tiles of int8."""
+        return _round_up(DIGITS * self.rows, ROWS) if self.digits else self.query_terms * self.rows
 
     @property
     def groups(self) -> int:
@@ -152,7 +160,8 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
         stages=stages,
         cuts=max(d for d in _divisors(units // stages) if d * stages <= places),
         query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
-        weight_terms=1 if wide else 3 if operands.precise or dtype == jnp.int8 else 2,
+        weight_terms=1 if wide else 3 if operands.precise else 2,
+        digits=dtype == jnp.int8 and tuning.int8_products and not operands.precise,
         row_groups=dtype.itemsize == 2 and (head_dim if memory == "columns" else kv.page_size) % SUBLANES == 0,
         splits=tuning.cores if operands.batch % tuning.cores else 1,
         masked=operands.mask is not None,

@@ -16,6 +16,7 @@ class Tuning:
       matrix_width: rows and columns of the matrix unit.
       tile_bytes: keys and values of one tile. Latencies cost the same for any tile: bigger is better until VMEM ends.
       vmem_limit_bytes: what the kernel may allocate in VMEM, with room left for the compiler.
+      int8_products: whether the matrix unit multiplies int8 by int8.
     """
 
     cores: int
@@ -23,6 +24,7 @@ class Tuning:
     matrix_width: int
     tile_bytes: int
     vmem_limit_bytes: int
+    int8_products: bool
 
 
 @functools.cache

@@ -1,0 +1,91 @@
+"""The narrow operands that stand for float32 ones, and the TPU kernel's error on int8 caches, against float64."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from tpu_interpreter import interpret, small_tiles
+
+from pallas_kernels.tpu.narrow import LARGEST, from_digits, int8_digits
+
+BATCH, HEADS, KV_HEADS, POSITIONS, HEAD_DIM = 1, 8, 2, 256, 128
+
+
+def test_digits_are_right_to_half_a_step() -> None:
+    rows = np.random.default_rng(0).normal(size=(7, 256)) * 10.0 ** np.arange(-12, 9, 3)[:, None]
+    rows = np.concatenate([rows, np.zeros((1, 256)), np.full((1, 256), -3.0)]).astype(np.float32)
+    digits, steps = int8_digits(jnp.asarray(rows))
+    (high, middle, low), step = np.asarray(digits, np.float64), np.asarray(steps, np.float64)
+    assert np.abs(high).max() == 127
+    assert min(middle.min(), low.min()) >= -128
+    assert max(middle.max(), low.max()) <= 127
+    np.testing.assert_allclose(step[:7, 0], np.abs(rows[:7]).max(1) / LARGEST, rtol=1e-6)
+    error = np.abs(((high * 256 + middle) * 256 + low) * step - rows)
+    assert np.all(error <= 0.5 * step + 2e-7 * np.abs(rows))  # the step and its inverse are rounded
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_nan(value: float) -> None:
+    rows = np.ones((2, 128), np.float32)
+    rows[1, 5] = value
+    step = np.asarray(int8_digits(jnp.asarray(rows))[1])
+    assert np.isfinite(step[0, 0])
+    assert np.isnan(step[1, 0])
+
+
+@pytest.mark.parametrize("key", [-128, 127])
+@pytest.mark.parametrize("digit", [-128, 127])
+def test_the_largest_products_stay_inside_int32(key: int, digit: int) -> None:
+    high, others = max(digit, -127), digit  # the first digit has room for the carry of the others
+    products = [jnp.full((1, 512), x, jnp.int32) @ jnp.full((512, 1), key, jnp.int32) for x in (high, others, others)]
+    whole = 512 * key * ((high * 256 + others) * 256 + others)
+    np.testing.assert_allclose(np.asarray(from_digits(*products), np.float64), whole, rtol=2e-7)
+
+
+@pytest.mark.parametrize(
+    "sharpness, int8_products",
+    [(0.02, True), (8.0, True), (8.0, False)],
+    ids=["flat, digits", "peaked, digits", "peaked, terms"],
+)
+def test_int8_error_is_no_worse_than_of_16_bit_attention(
+    sharpness: float, int8_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`jax.nn` on the cache dequantised to 16 bits; though the weights have two terms. The LSE has no such excuse."""
+    small_tiles(monkeypatch, tile_bytes=1 << 17, int8_products=int8_products)
+    rng = np.random.default_rng(1)
+    query = rng.normal(size=(BATCH, 1, HEADS, HEAD_DIM)).astype(ml_dtypes.bfloat16)
+    key, value = (rng.integers(-128, 128, (BATCH, POSITIONS, KV_HEADS * HEAD_DIM)).astype(np.int8) for _ in range(2))
+    key_scale, value_scale = rng.uniform(0.005, 0.02, (2, KV_HEADS, HEAD_DIM)).astype(np.float32)
+    scale = sharpness * HEAD_DIM**-0.5
+
+    def whole(cache: np.ndarray, factor: np.ndarray) -> np.ndarray:
+        return cache.reshape(BATCH, POSITIONS, KV_HEADS, HEAD_DIM).astype(np.float64) * factor
+
+    k, v = whole(key, key_scale), whole(value, value_scale)
+    q = query.astype(np.float64).reshape(BATCH, KV_HEADS, -1, HEAD_DIM)
+    weights = np.exp(np.einsum("bkgd,bskd->bkgs", q, k) * scale)
+    truth_lse = np.log(weights.sum(-1)).reshape(BATCH, HEADS, 1)
+    truth = np.einsum("bkgs,bskd->bkgd", weights / weights.sum(-1, keepdims=True), v).reshape(query.shape)
+
+    kwargs = dict(
+        num_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        input_layout="BSH",
+        scale_value=scale,
+        antiquant_scale=np.stack([key_scale, value_scale]),
+    )
+    out, lse = interpret((query.reshape(BATCH, 1, -1), key, value), kwargs)
+    assert out.dtype == jnp.bfloat16
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = jax.nn.dot_product_attention(
+            *(jnp.asarray(x.astype(ml_dtypes.bfloat16)) for x in (query, k, v)), scale=scale
+        )
+
+    def error(got: jax.Array) -> float:
+        return float(np.sqrt(np.mean(np.square(np.asarray(got, np.float64).reshape(truth.shape) - truth))))
+
+    rounding = error(jnp.asarray(truth.astype(ml_dtypes.bfloat16)))
+    assert error(out) <= error(theirs)
+    assert error(out) <= 1.001 * rounding  # as good as the exact result, rounded once
+    np.testing.assert_allclose(np.asarray(lse, np.float64), truth_lse, rtol=2e-6, atol=4e-6)
