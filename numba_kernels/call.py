@@ -137,10 +137,10 @@ def head_state(call, lanes, pack):  # type: ignore[no-untyped-def]
 class Scratch(NamedTuple):
     """Addresses of a thread's working memory. G is padded to whole vectors where it comes last."""
 
-    query: int  # (unit_heads, G * digits, L) lanes
-    initial: int  # (unit_heads, G * digits) int32: from which the products of keys start
+    plain: int  # (digits, D padded) one query head
+    query: int  # (unit_heads, G * digits * D padded) as `query_parts` in tiles.py says
+    initial: int  # (unit_heads, G, digits) int32: from which the products of keys start
     weight: int  # (unit_heads, G) float32: what a score is multiplied by
-    packed: int  # int8 keys: see `pack_keys` in tiles.py
     scores: int  # (G, T) float32
     weights: int  # (G, digits, T / pack) lanes
     factors: int  # (4, G) float32: see `weigh` in tiles.py
@@ -157,7 +157,7 @@ SCRATCH_BYTES = WORD * len(Scratch._fields)
 def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
     """Two Numba functions: the bytes of a `Scratch` for a call, wherever it begins; and the one at an address."""
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
-    query_digits, weight_digits, integer = form.query_digits, form.weight_digits, form.integer
+    query_digits, weight_digits = form.query_digits, form.weight_digits
     line = 64
 
     @native
@@ -165,18 +165,18 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         """The record first, then every part on a cache line of its own."""
         length = up(call.head_dim, lanes * pack) // pack
         heads = call.unit_heads * call.group
-        query = up(base + SCRATCH_BYTES, line)
+        plain = up(base + SCRATCH_BYTES, line)
+        query = up(plain + 4 * query_digits * length, line)
         initial = up(query + 4 * heads * query_digits * length, line)
         weight = up(initial + 4 * heads * query_digits, line)
-        packed = up(weight + 4 * heads, line)
-        scores = up(packed + (4 * length * tile if integer else 0), line)
+        scores = up(weight + 4 * heads, line)
         weights = up(scores + 4 * call.group * tile, line)
         factors = up(weights + 4 * call.group * weight_digits * (tile // pack), line)
         state = up(factors + 16 * up(call.group, lanes), line)
         rows = up(state + call.unit_heads * head_state(call, lanes, pack), line)
         zeros = up(rows + WORD * 4 * tile, line)
         end = up(zeros + up(itemsize * call.head_dim, 16), line)
-        return query, initial, weight, packed, scores, weights, factors, state, rows, zeros, end - base
+        return plain, query, initial, weight, scores, weights, factors, state, rows, zeros, end - base
 
     @native
     def size_for(call):  # type: ignore[no-untyped-def]

@@ -23,8 +23,9 @@ from numba_kernels.native import (
     store_int32,
     store_int64,
     up,
+    word,
 )
-from numba_kernels.tiles import Tile
+from numba_kernels.tiles import Tile, query_parts
 from numba_kernels.vectors import EXP_UNDERFLOWS
 
 F = np.float32
@@ -65,7 +66,26 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     query_digits, integer, itemsize = form.query_digits, form.integer, form.itemsize
     largest_query = F(LARGEST_QUERY.get(query_digits, 0))
     score, weigh, add_values = (tiles[name].external for name in ("scores", "weigh", "values"))
-    pack_keys = tiles["pack_keys"].external if integer else None
+    parts = query_parts(form, machine)
+
+    @native
+    def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
+        """Put query head g of the unit's kv head h from its plain rows into the part that it belongs to."""
+        length = up(call.head_dim, lanes * pack) // pack
+        first = 0
+        for kind in range(len(parts)):
+            heads, piece = parts[kind]
+            whole = (call.group - first) // heads * heads
+            if g < first + whole:
+                break
+            first += whole
+        first += (g - first) // heads * heads
+        to = s.query + 4 * length * query_digits * (call.group * h + first) + 4 * piece * (g - first)
+        for i in range(length // piece):
+            for digit in range(query_digits):
+                for j in range(piece // 2):
+                    store_int64(to + 8 * j, word(s.plain + 4 * (length * digit + piece * i), j))
+                to += 4 * piece * heads
 
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
@@ -74,7 +94,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         scale = load_float32(call.scale + 4 * b)
         for i in range(call.unit_heads * call.group):
             query = call.query + 4 * call.head_dim * ((b * call.heads + first_head) * call.group + i)
-            a = s.query + 4 * length * query_digits * i
+            a = s.plain
             for j in range(length * query_digits):
                 store_int32(a + 4 * j, 0)
             if integer:
@@ -109,6 +129,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                     else:
                         store_float32(a + 4 * d, x)
                 store_float32(s.weight + 4 * i, scale)
+            arrange(call, s, i // call.group, i % call.group)
         columns = up(call.head_dim, lanes * pack)
         size = head_state(call, lanes, pack)
         for i in range(call.unit_heads * size // 4):
@@ -162,11 +183,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         columns, padded = up(head_dim, lanes * pack), up(group, lanes)
         query = s.query + 4 * (columns // pack) * query_digits * group * h
         initial = s.initial + 4 * query_digits * group * h
-        keys = rows
-        if integer:
-            keys = s.packed
-            pack_keys(rows, count, head_dim, keys)
-        score(group, query, initial, s.weight + 4 * group * h, s.scores, keys, ahead, count, head_dim)
+        score(group, query, initial, s.weight + 4 * group * h, s.scores, rows, ahead, count, head_dim)
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
         state = s.state + head_state(call, lanes, pack) * h

@@ -4,9 +4,8 @@
     weigh     scores -> softmax weights; what the old output and the tile's are multiplied by
     values    out[head, d] = fade * out + share * sum_position weights[head, position] * value[position, d]
 
-Rows of the cache are read where they lie, once for a few heads, and all that is made of them stays in registers. Only
-int8 keys are packed first, for all heads. The memory is kept busy meanwhile: every step of the work has as many lines
-of the next tile fetched as it reads.
+Rows of the cache are read where they lie, once for a few heads, and all that is made of them stays in registers. The
+memory is kept busy meanwhile: every step of the work has as many lines of the next tile fetched as it reads.
 
 All take addresses as int64: they work on memory of XLA's and on scratch, and nothing there has a Python object. They
 are emitted straight as LLVM IR, into a module of their own; the Numba code sees them as external functions.
@@ -23,6 +22,7 @@ from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 from numba_kernels.vectors import F32, I8, I32, I64, LINE, Vectors
 
+HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
 _INT = types.int64
 
 
@@ -47,17 +47,14 @@ class Tile(NamedTuple):
 
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
     """All of them, by name, for one format on one machine; what others call comes first."""
-    tiles = [_weigh(form)] + ([_pack_keys(form)] if form.integer else [])
-    for name, kind in (("scores", _packed_scores if form.integer else _scores), ("values", _values)):
-        parts = {heads: kind(form, machine, heads) for heads in _heads_at_once(form, machine)}
+    tiles = [_weigh(form)]
+    for name, kind, most in (
+        ("scores", _scores, 8),
+        ("values", _values, machine.registers // (8 if form.integer else 4)),
+    ):
+        parts = {heads: kind(form, machine, heads) for heads in HEADS if heads <= most}
         tiles += [*parts.values(), _for_a_group(name, form, parts)]
     return {tile.name: tile for tile in tiles}
-
-
-def _heads_at_once(form: Format, machine: Machine) -> list[int]:
-    """The numbers of query heads that `scores` and `values` are made for, largest first."""
-    most = machine.registers // (8 if form.integer else 4)
-    return [heads for heads in (8, 4, 2, 1) if heads <= most]
 
 
 def module_of(tiles: dict[str, Tile], machine: Machine) -> ir.Module:
@@ -83,9 +80,10 @@ def _for_a_group(name: str, form: Format, parts: dict[int, Tile]) -> Tile:
         *moving, rows, ahead, count, head_dim = arguments
         strides = _strides(name, v, form, head_dim)
         done = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
-        place = builder.ptrtoint(cgutils.alloca_once(builder, I64, 2), I64)
-        v.store(ahead, place)
-        v.store(ir.Constant(I64, 0), v.address(place, 1, 8))
+        place, start = v.room(3 * 8), v.load(ahead, I64)
+        end = builder.add(start, builder.mul(head_dim, ir.Constant(I64, form.itemsize)))
+        for i, x in enumerate((start, end, ahead)):
+            v.store(x, v.address(place, i, 8))
         sharing, left = ir.Constant(I64, 0), group
         for heads in parts:
             sharing = builder.add(sharing, builder.udiv(left, ir.Constant(I64, heads)))
@@ -123,17 +121,18 @@ class _Fetcher:
     """Has rows fetched into the processor's cache a line at a time, in the order in which they lie in memory.
 
     The memory must be busy all the time and never swamped: every step of the work fetches as many lines as it has time
-    for, which is as many as it reads.
+    for, which is as many as it reads. And every line's address is made of the last one's, without a branch that could
+    be foreseen: that keeps the fetches some cycles apart, and all at once they are slower.
     """
 
     def __init__(
         self, v: Vectors, form: Format, place: ir.Value, last: ir.Value, sharing: ir.Value, *, head_dim: ir.Value
     ) -> None:
-        """`place` is where the address of the next row's address and the byte in that row stand."""
+        """`place` is where the next line's address, the end of its row and where that row's address is stand."""
         self.v, self.place, self.last, self.sharing = v, place, last, sharing
         self.size = v.builder.mul(head_dim, ir.Constant(I64, form.itemsize))
-        self.row, self.byte = (
-            cgutils.alloca_once_value(v.builder, v.load(v.address(place, i, 8), I64)) for i in range(2)
+        self.line, self.end, self.row = (
+            cgutils.alloca_once_value(v.builder, v.load(v.address(place, i, 8), I64)) for i in range(3)
         )
 
     def fetch(self, lines: int) -> None:
@@ -142,18 +141,21 @@ class _Fetcher:
         with builder.goto_entry_block():
             share = builder.udiv(builder.add(self.sharing, ir.Constant(I64, lines - 1)), self.sharing)
         with v.loop(share):
-            row, byte = builder.load(self.row), builder.load(self.byte)
-            v.prefetch(builder.add(v.load(row, I64), byte))
-            next_byte = builder.add(byte, ir.Constant(I64, LINE))
-            ends = builder.icmp_signed(">=", next_byte, self.size)
-            builder.store(builder.select(ends, ir.Constant(I64, 0), next_byte), self.byte)
-            next_row = builder.select(ends, v.address(row, 1, 8), row)
-            more = builder.icmp_signed("<", row, self.last)
-            builder.store(builder.select(more, next_row, self.last), self.row)
+            line = builder.load(self.line)
+            v.prefetch(line)
+            line = builder.add(line, ir.Constant(I64, LINE))
+            row = builder.load(self.row)
+            ends = builder.icmp_unsigned(">=", line, builder.load(self.end))
+            more = builder.icmp_unsigned("<", row, self.last)
+            row = builder.select(builder.and_(more, ends), v.address(row, 1, 8), row)
+            start = v.load(row, I64)
+            builder.store(row, self.row)
+            builder.store(builder.select(ends, start, line), self.line)
+            builder.store(builder.select(ends, builder.add(start, self.size), builder.load(self.end)), self.end)
 
     def keep(self) -> None:
         """Leave the place for the next part."""
-        for i, x in enumerate((self.row, self.byte)):
+        for i, x in enumerate((self.line, self.end, self.row)):
             self.v.store(self.v.builder.load(x), self.v.address(self.place, i, 8))
 
 
@@ -177,125 +179,117 @@ def _walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callabl
         step(done, 1, rest)
 
 
+def _beside(form: Format, machine: Machine, heads: int) -> int:
+    """R: query heads whose products `scores` has side by side in a vector, in lanes / R lanes each.
+
+    Sums of fewer lanes are sooner put together; but a key is read in pieces of so many lanes, R times into a vector,
+    and every reading is to serve two products at least. What is converted is not read so.
+    """
+    if form.pack == 1 and form.dtype != "float32":
+        return 1
+    return _power_of_two(min(heads, machine.lanes // 4, heads * form.query_digits // 2))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest that is not more; 1 at least."""
+    return 1 << max(1, most).bit_length() - 1
+
+
+def query_parts(form: Format, machine: Machine) -> tuple[tuple[int, int], ...]:
+    """How `scores` wants the query of a group of heads: in parts of so many heads while there are as many.
+
+    Of each kind of part, the largest first, the heads and the lanes L of a piece. A part has, for every L lanes of a
+    row, the L lanes of each digit, of each head. So all pieces of a row lie together that meet the same piece of a key.
+    """
+    return tuple((heads, machine.lanes // _beside(form, machine, heads)) for heads in HEADS)
+
+
 def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     """(query, initial, weights, out, rows, *fetching, count, head_dim): scores of `heads` query heads.
 
-    `query` is (heads, D padded) lanes, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
-    addresses of a tile's keys, of which `count` count.
+    `query` is as `query_parts` says, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
+    addresses of a tile's keys, of which `count` count. int8 keys are raised by 128 to be unsigned; `initial` (heads,
+    digits) int32, from which the sums start, takes that back.
     """
-    positions = machine.registers // 2 // heads  # for these, sums fill half of the registers
+    beside, digits = _beside(form, machine, heads), form.query_digits
+    piece, vectors = machine.lanes // beside, heads * digits // beside
+    positions = _power_of_two(machine.registers * 3 // 4 // vectors)  # the sums of these leave room for what is read
 
-    def body(v: Vectors, query: Any, _: Any, weights: Any, out: Any, rows: Any, *rest: Any) -> None:
+    def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, rows: Any, *rest: Any) -> None:
         *fetching, count, head_dim = rest
-        builder, size = v.builder, 4 * v.lanes
+        builder, kind = v.builder, v.ints if form.integer else v.floats
         blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
-        stride = builder.mul(_padded(v, form, head_dim), ir.Constant(I64, 4 // form.pack))
-        queries = [builder.add(query, builder.mul(stride, ir.Constant(I64, h))) for h in range(heads)]
-        totals = [[cgutils.alloca_once(builder, v.floats) for _ in range(positions)] for _ in queries]
-        factors = [v.load(v.address(weights, h, 4), F32) for h in range(heads)]
+        totals = [[cgutils.alloca_once(builder, kind) for _ in range(positions)] for _ in range(vectors)]
+        starts = _first_sums(v, initial, heads, digits, beside) if form.integer else [v.constant(kind, 0.0)] * vectors
+        factors = v.load(weights, ir.VectorType(F32, heads))
+        copies = [v.room(4 * v.lanes) for _ in range(positions)] if beside > 1 else []
         fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
 
         with v.loop(blocks) as block:
             first_position = builder.mul(block, ir.Constant(I64, positions))
             here = [v.load(v.address(v.address(rows, first_position, 8), p, 8), I64) for p in range(positions)]
-            for total in (x for row in totals for x in row):
-                builder.store(v.constant(v.floats, 0.0), total)
+            for start, sums in zip(starts, totals, strict=True):
+                for total in sums:
+                    builder.store(start, total)
 
             def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
-                offset = builder.mul(first, ir.Constant(I64, form.itemsize))
-                at = builder.mul(first, ir.Constant(I64, 4 // form.pack))
+                offset = v.address(ir.Constant(I64, 0), first, form.itemsize)
                 fetcher.fetch(max(1, positions * width * form.itemsize * form.pack * v.lanes // LINE))
+                at = v.address(query, first, 4 // form.pack * heads * digits)
                 for i in range(width):
-                    keys = [v.load_lanes(form, builder.add(row, offset), i, count) for row in here]
-                    for start, sums in zip(queries, totals, strict=True):
-                        q = v.load(v.address(builder.add(start, at), i, size), v.ints)
-                        for key, total in zip(keys, sums, strict=True):
-                            builder.store(v.dot(builder.load(total), q, key, form.pack, "b"), total)
+                    keys = [builder.add(row, offset) for row in here]
+                    if beside > 1 and count is not None:  # in pieces, nothing behind the row may be read
+                        for key, copy in zip(keys, copies, strict=True):
+                            v.store(v.load_lanes(form, key, i, count), copy)
+                        keys = copies
+                    for j in range(beside):
+                        place = v.address(at, (i * beside + j) * vectors, 4 * v.lanes)
+                        queries = [v.load(v.address(place, k, 4 * v.lanes), v.ints) for k in range(vectors)]
+                        for p, key in enumerate(keys):
+                            if beside == 1:
+                                read = v.load_lanes(form, key, i, count)
+                            else:
+                                part = v.load(v.address(key, i * beside + j, 4 * piece), ir.VectorType(I32, piece))
+                                read = v.shuffle(part, part, [*range(piece)] * beside)
+                            if form.integer:
+                                read = builder.xor(read, v.constant(v.ints, 0x80808080 - 2**32))
+                            for k, q in enumerate(queries):
+                                total = totals[k][p]
+                                builder.store(v.dot(builder.load(total), q, read, form.pack, "b"), total)
 
             _walk(v, form, head_dim, max(1, LINE // (v.lanes * form.pack * form.itemsize)), step)
-            together = [builder.load(total) for row in totals for total in row]
-            group = min(len(together), v.lanes)
-            run = min(group, positions)
-            for begin in range(0, len(together), group):
-                sums = v.sums(together[begin : begin + group])
-                for i in range(0, group, run):
-                    h, p = divmod(begin + i, positions)
-                    part = v.shuffle(sums, sums, range(i, i + run))
-                    part = builder.fmul(part, v.splat(factors[h], run))
-                    line = v.address(out, h * form.tile + p, 4)
-                    v.store(part, v.address(line, first_position, 4))
+            for begin in range(0, heads // beside * positions, piece):
+                found = []
+                for digit in range(digits):
+                    sums = [x for k in range(heads // beside) for x in totals[digit * heads // beside + k]]
+                    found.append(v.sums([builder.load(x) for x in sums[begin : begin + piece]], piece))
+                score = _digits_together(v, form, found)
+                each = score.type.count // beside  # of the sums begin, begin + 1 ... of a head at this place
+                places = [divmod(begin + i, positions) for i in range(each)]
+                which = [k * beside + h for h in range(beside) for k, _ in places]
+                score = builder.fmul(score, v.shuffle(factors, factors, which))
+                run = min(each, positions)
+                for h in range(beside):
+                    for i in range(0, each, run):
+                        k, p = places[i]
+                        line = v.address(v.address(out, first_position, 4), (k * beside + h) * form.tile + p, 4)
+                        v.store(v.shuffle(score, score, range(h * each + i, h * each + i + run)), line)
         fetcher.keep()
 
     return Tile(f"scores{heads}", 10, body)
 
 
-def _pack_keys(form: Format) -> Tile:
-    """(rows, count, head_dim, out): a tile of int8 keys with positions side by side, raised by 128 to be unsigned.
-
-    `out` is (D padded / 4, T) lanes of 4 elements.
-    """
-
-    def body(v: Vectors, rows: Any, count: Any, head_dim: Any, out: Any) -> None:
-        builder, lanes = v.builder, v.lanes
-        blocks = builder.udiv(builder.add(count, ir.Constant(I64, lanes - 1)), ir.Constant(I64, lanes))
-        with v.loop(blocks) as block:
-            place = v.address(rows, block, 8 * lanes)
-            here = [v.load(v.address(place, i, 8), I64) for i in range(lanes)]
-
-            def square(first: ir.Value, _: int, count: ir.Value | None) -> None:
-                read = [v.load_lanes(form, builder.add(row, first), 0, count) for row in here]
-                turned = v.transpose([builder.xor(x, v.constant(v.ints, 0x80808080 - 2**32)) for x in read])
-                at = builder.add(v.address(out, first, form.tile), v.address(ir.Constant(I64, 0), block, 4 * lanes))
-                for i, column in enumerate(turned):
-                    v.store(column, v.address(at, i, 4 * form.tile))
-
-            _walk(v, form, head_dim, 1, square)
-
-    return Tile("pack_keys", 4, body)
-
-
-def _packed_scores(form: Format, machine: Machine, heads: int) -> Tile:
-    """(query, initial, weights, out, packed, *fetching, count, head_dim): scores of `heads` query heads for int8 keys.
-
-    `query` is (heads, digits, D padded) int8; `initial` holds an int32 for each digit, from which its sums start: it
-    takes back what the keys are raised by. `weights` is a float32 for each head, `out` (heads, T) float32, `packed` as
-    `pack_keys` leaves it.
-    """
-    digits = form.query_digits
-    columns = min(machine.registers // 4 // heads, machine.registers // 8)  # vectors of positions at a time
-    passes = form.tile // machine.lanes // columns
-
-    def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, packed: Any, *rest: Any) -> None:
-        *fetching, _, head_dim = rest
-        builder, size = v.builder, 4 * v.lanes
-        stride = _padded(v, form, head_dim)
-        queries = [builder.add(query, builder.mul(stride, ir.Constant(I64, i))) for i in range(heads * digits)]
-        totals = [[cgutils.alloca_once(builder, v.ints) for _ in range(columns)] for _ in queries]
-        length = builder.udiv(builder.add(head_dim, ir.Constant(I64, 3)), ir.Constant(I64, 4))
-        fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
-
-        with v.loop(ir.Constant(I64, passes)) as number:
-            for i, row in enumerate(totals):
-                for total in row:
-                    builder.store(v.splat(v.load(v.address(initial, i, 4), I32)), total)
-            base = v.address(packed, number, size * columns)
-            with v.loop(length) as step:
-                fetcher.fetch(max(1, 4 * form.tile // LINE // passes))
-                at = v.address(base, step, 4 * form.tile)
-                keys = [v.load(v.address(at, i, size), v.ints) for i in range(columns)]
-                for start, sums in zip(queries, totals, strict=True):
-                    q = v.splat(v.load(v.address(start, step, 4), I32))
-                    for key, total in zip(keys, sums, strict=True):
-                        builder.store(v.dot(builder.load(total), q, key, form.pack, "b"), total)
-            for h in range(heads):
-                factor = v.splat(v.load(v.address(weights, h, 4), F32))
-                for i in range(columns):
-                    sums = [builder.load(totals[h * digits + digit][i]) for digit in range(digits)]
-                    score = builder.fmul(_digits_together(v, form, sums), factor)
-                    v.store(score, v.address(v.address(out, number, size * columns), h * form.tile + i * v.lanes, 4))
-        fetcher.keep()
-
-    return Tile(f"scores{heads}", 10, body)
+def _first_sums(v: Vectors, initial: ir.Value, heads: int, digits: int, beside: int) -> list[ir.Value]:
+    """What the sums of int8 scores start from: each head's number in one of its lanes."""
+    vectors = []
+    for digit in range(digits):
+        for h in range(0, heads, beside):
+            vector = v.constant(v.ints, 0)
+            for i in range(beside):
+                number = v.load(v.address(initial, (h + i) * digits + digit, 4), I32)
+                vector = v.builder.insert_element(vector, number, ir.Constant(I32, i * v.lanes // beside))
+            vectors.append(vector)
+    return vectors
 
 
 def _digits_together(v: Vectors, form: Format, digits: list[ir.Value]) -> ir.Value:
@@ -303,9 +297,10 @@ def _digits_together(v: Vectors, form: Format, digits: list[ir.Value]) -> ir.Val
     if not form.integer:
         (total,) = digits
         return total
-    total, *lower = (v.builder.sitofp(digit, v.floats) for digit in digits)
+    kind = ir.VectorType(F32, digits[0].type.count)
+    total, *lower = (v.builder.sitofp(digit, kind) for digit in digits)
     for digit in lower:
-        total = v.float_function("fma", total, v.constant(v.floats, 256.0), digit)
+        total = v.float_function("fma", total, v.constant(kind, 256.0), digit)
     return total
 
 
@@ -452,8 +447,8 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                 fade, share = (v.load(v.address(base, h, 4), F32) for base in (fades, shares))
                 if form.integer:
                     share = builder.fmul(share, ir.Constant(F32, 1.0 / _weight_of_one(form)))
-                forget, ignore = (builder.fcmp_ordered("==", x, ir.Constant(F32, 0.0)) for x in (fade, share))
                 fade, share, zero = v.splat(fade), v.splat(share), v.constant(v.floats, 0.0)
+                forget, ignore = (builder.fcmp_ordered("==", x, zero) for x in (fade, share))
                 line = builder.add(
                     out, builder.mul(builder.add(builder.mul(columns, ir.Constant(I64, h)), first), ir.Constant(I64, 4))
                 )

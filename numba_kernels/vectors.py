@@ -55,6 +55,10 @@ class Vectors:
         """Write to an address."""
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
 
+    def room(self, size: int) -> ir.Value:
+        """The address of so many bytes of the function's own."""
+        return self.builder.ptrtoint(cgutils.alloca_once(self.builder, I8, size), I64)
+
     def load_first(self, address: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
         """The first `count` elements at an address, and zeros: nothing behind them is read."""
         name = f"llvm.masked.load.v{kind.count}{_suffix(kind.element)}.p0"
@@ -172,27 +176,6 @@ class Vectors:
             for begin in (0, block // 2)
         ]
 
-    def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """A square of `lanes` vectors of lanes, turned."""
-        n, columns = self.lanes, []
-        for begin in range(0, n, 4):  # four rows by themselves, within each 128 bits
-            a, b, c, d = rows[begin : begin + 4]
-            halves = zip(self._zip(a, c, 4), self._zip(b, d, 4), strict=True)
-            columns.append([x for first, second in halves for x in self._zip(first, second, 4)])
-        turned = []
-        for blocks in zip(*columns, strict=True):  # then blocks of 128 bits
-            parts, step = list(blocks), 1
-            while step < len(parts):
-                for i in range(len(parts)):
-                    if not i & step:
-                        a, b = parts[i], parts[i + step]
-                        low = [x if not x & 4 * step else n + (x ^ 4 * step) for x in range(n)]
-                        high = [x ^ 4 * step if not x & 4 * step else n + x for x in range(n)]
-                        parts[i], parts[i + step] = self.shuffle(a, b, low), self.shuffle(a, b, high)
-                step *= 2
-            turned.append(parts)
-        return [x for parts in zip(*turned, strict=True) for x in parts]
-
     def in_order(self, sums: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of lanes that belong to the elements of `interleave`'s vectors, in the elements' own order."""
         n = self.lanes
@@ -210,37 +193,29 @@ class Vectors:
         first, second = alternate(sums[0], sums[1], 4), alternate(sums[2], sums[3], 4)
         return [x for a, b in zip(first, second, strict=True) for x in alternate(a, b, 8)]
 
-    def sums(self, vectors: Sequence[ir.Value]) -> ir.Value:
-        """The sums of the lanes of 4 to `lanes` vectors, a power of two, as the lanes of one vector."""
+    def sums(self, vectors: Sequence[ir.Value], block: int) -> ir.Value:
+        """The sums of every `block` lanes by themselves, of at most as many vectors.
+
+        Block i of the result has those of the vectors' blocks i, in order; of fewer vectors, it is as much smaller.
+        Vectors and lanes are powers of two.
+        """
         n, rows = self.lanes, list(vectors)
-
-        def add(a: ir.Value, b: ir.Value, first: list[int], second: list[int]) -> ir.Value:
-            return self.builder.fadd(self.shuffle(a, b, first), self.shuffle(a, b, second))
-
-        def pairs(first: list[int], second: list[int]) -> list[ir.Value]:
-            return [add(a, b, first, second) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-
-        # Within each 128 bits while that is possible, which processors do faster; then halves of groups of these.
-        blocks = range(0, n, 4)
-        rows = pairs(
-            [x for i in blocks for x in (i, n + i, i + 1, n + i + 1)],
-            [x for i in blocks for x in (i + 2, n + i + 2, i + 3, n + i + 3)],
-        )
-        rows = pairs(
-            [x for i in blocks for x in (i, i + 1, n + i, n + i + 1)],
-            [x for i in blocks for x in (i + 2, i + 3, n + i + 2, n + i + 3)],
-        )
-        group = n  # lanes that hold parts of the same four sums
-        while group > 4:
-            half = group // 2
-            starts = range(0, n, group)
-            halves = [[at + begin + i for at in starts for i in range(half)] for begin in (0, half)]
-            if len(rows) > 1:
-                rows = pairs(*([*one, *(n + i for i in one)] for one in halves))
-            else:
-                rows = [add(rows[0], rows[0], *halves)]
+        add = self.builder.add if rows[0].type == self.ints else self.builder.fadd
+        while block > 1:
+            half = block // 2
+            if len(rows) == 1:
+                low = [i + j for i in range(0, n, block) for j in range(half)]
+                rows = [
+                    add(self.shuffle(rows[0], rows[0], low), self.shuffle(rows[0], rows[0], [half + i for i in low]))
+                ]
                 n //= 2
-            group = half
+            else:
+                # The first half of a block is of a, the second of b; one of the two shuffles leaves all in its place.
+                stay = [i if i % block < half else n + i for i in range(n)]
+                move = [i + half if i % block < half else n + i - half for i in range(n)]
+                pairs = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)
+                rows = [add(self.shuffle(a, b, stay), self.shuffle(a, b, move)) for a, b in pairs]
+            block = half
         (total,) = rows
         return total
 
