@@ -1,12 +1,14 @@
 """Operands inside a `jax.shard_map`, where JAX keeps account of which values differ from device to device."""
 
+from typing import TypeVar
+
 import jax
 from jax import lax
 
-from jax_ifa.operands import Operands
+Tree = TypeVar("Tree")
 
 
-def vary_together(operands: Operands) -> Operands:
+def vary_together(operands: Tree) -> Tree:
     """The operands, each of them marked as different along every mesh axis along which one of them is.
 
     So is the state of a loop over them, and the types of what goes into a loop and comes out of it must agree. Outside

@@ -9,9 +9,16 @@ records.py   structures in memory, whose fields Numba reads by name
 frame.py     XLA's call frame
 call.py      one call as read from it, and a thread's scratch
 stream.py    the loop over the tiles of a window
-schedule.py  sharing a call among XLA's threads
+schedule.py  cutting a call into ranges
+sharing.py   the ranges of a call among XLA's threads
 build.py     from all that to machine code, and its cache
+targets.py   machine code by the names that XLA calls
 launch.py    the foreign call in a JAX program
+
+And a second, small kernel, for the model around the attention:
+
+product.py   a few vectors times a matrix, in a JAX program
+rows.py      its machine code
 """
 
 import functools
@@ -25,7 +32,8 @@ from jax_ifa.operands import Operands
 
 
 @functools.cache
-def _missing() -> str | None:
+def missing() -> str | None:
+    """Why no kernel can be made here, or None."""
     if os.name != "posix" or sys.maxsize < 2**32:
         return "the Numba kernel needs a 64-bit POSIX system"
     absent = [name for name in ("numba", "platformdirs") if importlib.util.find_spec(name) is None]
@@ -37,7 +45,7 @@ def _missing() -> str | None:
 def unsupported_reason(operands: Operands) -> str | None:
     """Why the kernel cannot run these operands, or None: it can do every call, where Numba is installed."""
     del operands
-    return _missing()
+    return missing()
 
 
 def attend(operands: Operands, *, or_xla: bool = False) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 Numba types the functions and lowers them to LLVM IR. That is linked with the tiles' IR, optimised once as a whole, and
 emitted as an object file. The object is kept in a cache of this user's: a process that finds it there loads it in a few
 milliseconds, without importing Numba. What the object depends on is in the name of its file: the sources of this
-package, the versions of Numba and llvmlite, the processor and its features, and the format.
+package, the versions of Numba and llvmlite, the processor and its features, and the kernel.
 
 The cache lies in the folder that the environment variable JAX_IFA_CACHE_DIR names, else in the user's cache folder
 (`platformdirs`; on Linux ~/.cache/jax_ifa). Where it cannot be written, every process compiles anew: that is
@@ -20,36 +20,54 @@ import pathlib
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import llvmlite.binding as llvm
 
-from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
+
+if TYPE_CHECKING:
+    from numba_kernels.tiles import Tile
 
 ENTRY = "jax_ifa_handle"
 _lock = threading.Lock()
 _loaded: dict[str, tuple[int, Any]] = {}  # addresses by name, and the engines, which must live as long as the process
 
 
-def handler_address(form: Format, machine: Machine) -> int:
-    """The address of the foreign function for a format on a machine, compiled or loaded when first asked for."""
-    name = name_of(form, machine)
+class Kernel(Protocol):
+    """What is compiled; its `repr` says all about it that the sources do not."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """For messages and the cache of compiled code."""
+
+    def code(self, machine: Machine) -> "tuple[dict[str, Tile], tuple[Any, Any]]":
+        """Its tiles, and two Numba functions of an int64 address that return one.
+
+        The first answers XLA's call frame at the address; the second is `sharing.TASK`, and takes a shared block.
+        """
+
+
+def handler_address(kernel: Kernel, machine: Machine) -> int:
+    """The address of a kernel's foreign function on a machine, compiled or loaded when first asked for."""
+    name = name_of(kernel, machine)
     with _lock:
         if name not in _loaded:
-            _loaded[name] = _load(_object_code(form, machine), machine)
+            _loaded[name] = _load(_object_code(kernel, machine), machine)
         return _loaded[name][0]
 
 
 @functools.cache
-def name_of(form: Format, machine: Machine) -> str:
+def name_of(kernel: Kernel, machine: Machine) -> str:
     """A name for the machine code: of all that it depends on."""
-    digest = hashlib.sha256(repr((form, machine)).encode())
+    digest = hashlib.sha256(repr((kernel, machine)).encode())
     for package in ("numba", "llvmlite"):
         digest.update(importlib.metadata.version(package).encode())
     for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    return f"{form.name}_{digest.hexdigest()[:24]}"
+    return f"{kernel.name}_{digest.hexdigest()[:24]}"
 
 
 def cache_folder() -> pathlib.Path:
@@ -61,14 +79,14 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(platformdirs.user_cache_dir("jax_ifa", appauthor=False))
 
 
-def _object_code(form: Format, machine: Machine) -> bytes:
+def _object_code(kernel: Kernel, machine: Machine) -> bytes:
     """The object file, from the cache or compiled and put there. A kept file begins with the SHA-256 of the rest."""
-    path = cache_folder() / f"{name_of(form, machine)}.bin"
+    path = cache_folder() / f"{name_of(kernel, machine)}.bin"
     with contextlib.suppress(OSError):
         kept = path.read_bytes()
         if hashlib.sha256(kept[32:]).digest() == kept[:32]:
             return kept[32:]
-    code = compile_object(form, machine)
+    code = compile_object(kernel, machine)
     # A cache that cannot be written is no error. Renamed into place, so that nobody reads half a file.
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -91,15 +109,15 @@ def _target(machine: Machine, triple: str | None) -> Any:
     return target.create_target_machine(cpu=machine.cpu, features=machine.features, opt=3, codemodel="large")
 
 
-def compile_object(form: Format, machine: Machine, triple: str | None = None) -> bytes:
+def compile_object(kernel: Kernel, machine: Machine, triple: str | None = None) -> bytes:
     """An object file with the foreign function `ENTRY`.
 
     Args:
-      form: of the cache.
+      kernel: what to compile.
       machine: to run on.
       triple: LLVM's name of the platform to compile for; None is this one.
     """
-    module = _linked(form, machine)
+    module = _linked(kernel, machine)
     target = _target(machine, triple)
     _optimise(module, target)
     missing = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
@@ -125,26 +143,26 @@ def _optimise(module: Any, target: Any) -> None:
     passes.getModulePassManager().run(module, passes)
 
 
-def _linked(form: Format, machine: Machine) -> Any:
+def _linked(kernel: Kernel, machine: Machine) -> Any:
     """Tiles, Numba's functions and their C entry points as one module."""
     from numba import types
 
-    from numba_kernels import schedule, tiles
+    from numba_kernels import sharing, tiles
 
-    parts = tiles.make(form, machine)
+    parts, functions = kernel.code(machine)
     # Numba makes the functions callable in this process, though nobody will call them, and asks for these symbols.
-    for name in (*parts, schedule.TASK):
+    for name in (*parts, sharing.TASK):
         llvm.add_symbol(name, ctypes.cast(_never_called, ctypes.c_void_p).value)
     texts = [str(tiles.module_of(parts, machine))]
     names = []
-    for function in schedule.make_handler(form, machine, parts):
+    for function in functions:
         with _little_optimisation():
             function.compile((types.int64,))
         compiled = function.overloads[(types.int64,)]
         # What Numba does not optimise it marks as not to be optimised by anyone.
         texts.append(compiled.library.get_llvm_str().replace(" optnone", "").replace(" noinline", ""))
         names.append(compiled.fndesc.llvm_func_name)
-    texts.append(_entry_points(names, (ENTRY, schedule.TASK)))
+    texts.append(_entry_points(names, (ENTRY, sharing.TASK)))
     module = llvm.parse_assembly(_for_any_platform(texts[0]))
     for text in texts[1:]:
         module.link_in(llvm.parse_assembly(_for_any_platform(text)))

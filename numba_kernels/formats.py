@@ -11,6 +11,7 @@ Where 16 bits of the result are all that is kept of it, two bytes do, which hold
 """
 
 import dataclasses
+from typing import Any
 
 from numba_kernels.machine import Machine
 
@@ -44,6 +45,13 @@ class Format:
     def integer(self) -> bool:
         """Whether the product accumulates in int32."""
         return self.pack == 4
+
+    def code(self, machine: Machine) -> Any:
+        """The decode loop for it; see `build.Kernel`."""
+        from numba_kernels import schedule, tiles  # not without need: these import Numba
+
+        parts = tiles.make(self, machine)
+        return parts, schedule.make_handler(self, machine, parts)
 
 
 def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False) -> Format:

@@ -7,7 +7,6 @@ Such programs get XLA's loop, unless the foreign call was asked for by name.
 """
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -19,8 +18,9 @@ from jax.interpreters import mlir
 from jax_ifa import xla
 from jax_ifa.lowering import bind, loop_primitive, lower_as, partitioned_by_xla
 from jax_ifa.operands import Operands
-from numba_kernels.formats import Format, format_of
-from numba_kernels.machine import Machine, this_machine
+from numba_kernels.formats import format_of
+from numba_kernels.machine import this_machine
+from numba_kernels.targets import builds, registered
 
 attend_p = loop_primitive("incre_flash_attention_cpu")
 
@@ -30,21 +30,10 @@ def attend(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
     return bind(attend_p, operands, or_xla=or_xla)
 
 
-@functools.cache
-def _register(form: Format, machine: Machine) -> str:
-    """The name under which XLA calls the kernel of a format; it is compiled or loaded now."""
-    from numba_kernels import build
-
-    name = f"jax_ifa_{build.name_of(form, machine)}"
-    capsule = jax.ffi.pycapsule(build.handler_address(form, machine))
-    jax.ffi.register_ffi_target(name, capsule, platform="cpu", api_version=1)
-    return name
-
-
 def _target_of(operands: Operands) -> str:
     """The registered kernel for these operands on this machine."""
     machine, dtype = this_machine(), str(operands.kv.key.dtype)
-    return _register(format_of(dtype, operands.precise, machine, _narrow(operands)), machine)
+    return registered(format_of(dtype, operands.precise, machine, _narrow(operands)), machine)
 
 
 def _narrow(operands: Operands) -> bool:
@@ -95,17 +84,10 @@ def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: b
 
 
 def _builds(tree: Any, leaves: Any) -> bool:
-    """Whether the kernel could be made here: a Numba that does not work must not keep anyone from an answer."""
-    try:
-        _target_of(jax.tree.unflatten(tree, leaves))
-    except Exception as error:
-        warnings.warn(
-            f"The CPU kernel could not be built, and XLA's slower loop runs instead: {error!r}. "
-            "implementation='xla' chooses that loop without this warning.",
-            RuntimeWarning,
-        )
-        return False
-    return True
+    return builds(
+        functools.partial(_target_of, jax.tree.unflatten(tree, leaves)),
+        "XLA's slower loop runs instead (implementation='xla' chooses that loop without this warning)",
+    )
 
 
 def _lower_elsewhere(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: bool) -> Any:

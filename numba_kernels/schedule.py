@@ -1,13 +1,9 @@
-"""Sharing a call among XLA's own threads.
+"""Cutting a call into ranges that threads share.
 
 The work is one line: the windows of all sequences and units of heads, end to end. It is cut into ranges of equal
-length, more than there are threads, and every thread takes the next one until none is left; so lengths may be ragged,
-and a single long sequence is shared too. A window that lies in several ranges leaves a partial state in each, and
-these are merged at the end.
-
-No thread waits for another to begin: the calling thread takes ranges as well, and waits only for ranges that somebody
-has taken. So calls from any number of programs and threads cannot block each other, nor can a pool whose threads are
-all busy, or are gone (as in the child of a fork).
+length, more than there are threads, and every thread takes the next one until none is left (sharing.py); so lengths may
+be ragged, and a single long sequence is shared too. A window that lies in several ranges leaves a partial state in
+each, and these are merged at the end.
 """
 
 from typing import Any
@@ -16,38 +12,31 @@ import numpy as np
 
 from numba_kernels.call import CALL_BYTES, call_at, head_state, read_call, scratch_of, window
 from numba_kernels.formats import Format
-from numba_kernels.frame import answers_metadata, num_threads, schedule
+from numba_kernels.frame import answers_metadata, num_threads
 from numba_kernels.machine import Machine
 from numba_kernels.native import (
     allocate,
-    call_pointer,
     fetch_add,
-    give_way,
     load_float32,
     native,
-    pointer_to,
     release,
     store_float32,
     store_int64,
     up,
     word,
 )
+from numba_kernels.sharing import OWN, RANGES, WORKERS, done, leave, new_block, share, take
 from numba_kernels.stream import MINUS_INFINITY, F, make_stream
 from numba_kernels.tiles import Tile
 
 RANGES_PER_THREAD = 8
 LEAST_BYTES = 1 << 16  # of a range: less is not worth waking a thread for
 LEAST_STATES = 32  # and as many times the partial states that it may leave, so that these stay small beside the cache
-# The block that the threads of a call share, in int64 words. Tasks that come late still look at it, so it is freed by
-# whoever leaves last.
-NEXT, DONE, USERS, WORKERS, CALL, RANGES, LENGTH, WORDS = 0, 8, 16, 24, 32, 33, 34, 40
-
-
-TASK = "jax_ifa_take_ranges"
+CALL, LENGTH, WORDS = OWN, OWN + 1, 40  # of the shared block
 
 
 def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
-    """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the `TASK`."""
+    """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the task."""
     stream = make_stream(form, machine, tiles)
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
     scratch_size, lay_out = scratch_of(form, machine)
@@ -150,13 +139,12 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
 
     @native
     def take_ranges(block):  # type: ignore[no-untyped-def]
-        """What every thread does with the shared block, and the last one to leave frees it."""
+        """What every thread does with the shared block."""
         worker = -1
         while True:
-            number = fetch_add(block + 8 * NEXT, 1)
-            if number >= word(block, RANGES):
+            number = take(block)
+            if number < 0:
                 break
-            # A range is taken, so the calling thread waits, and the call's record and arrays are there.
             call = call_at(word(block, CALL))
             partials = block + 8 * WORDS
             own = partials + up(2 * word(block, RANGES) * state_size(call), 64)
@@ -165,12 +153,9 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             size = scratch_size(call)
             s = lay_out(call, own + worker * size)
             run_range(call, s, partials, number, word(block, LENGTH))
-            fetch_add(block + 8 * DONE, 1)
-        if fetch_add(block + 8 * USERS, -1) == 1:
-            release(block)
+            done(block)
+        leave(block)
         return 0
-
-    task = pointer_to(TASK)
 
     @native
     def handle(frame):  # type: ignore[no-untyped-def]
@@ -196,30 +181,17 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         ranges = (total + length - 1) // length
         threads = max(1, min(threads, ranges))
         scratch = scratch_size(call)
-        block = allocate(8 * WORDS + up(2 * ranges * state_size(call), 64) + 64 + threads * scratch)
+        bytes_ = 8 * WORDS + up(2 * ranges * state_size(call), 64) + 64 + threads * scratch
+        block = new_block(bytes_, ranges, threads)
         if block == 0:
             release(record)
             return 1
-        for i in range(WORDS):
-            store_int64(block + 8 * i, 0)
-        # The caller counts as two users, so that the block is there until it has merged.
-        store_int64(block + 8 * USERS, 1 + threads)
         store_int64(block + 8 * CALL, record)
-        store_int64(block + 8 * RANGES, ranges)
         store_int64(block + 8 * LENGTH, length)
-        for _ in range(threads - 1):
-            if not schedule(frame, task(), block):
-                fetch_add(block + 8 * USERS, -1)
-        call_pointer(task(), block)
-        spins = 0
-        while fetch_add(block + 8 * DONE, 0) < ranges:
-            spins += 1
-            if spins > 1000:
-                give_way()
+        share(frame, block, threads)
         finish_rest(call, block + 8 * WORDS, length)
         release(record)
-        if fetch_add(block + 8 * USERS, -1) == 1:
-            release(block)
+        leave(block)
         return 0
 
     return handle, take_ranges

@@ -277,7 +277,7 @@ def test_a_numba_that_does_not_work_is_a_warning(monkeypatch: pytest.MonkeyPatch
     def broken(*_: object) -> str:
         raise ImportError("Numba needs NumPy 2.3 or less")
 
-    monkeypatch.setattr(launch, "_register", broken)
+    monkeypatch.setattr(launch, "registered", broken)
     args, kwargs = Case(capacity=41).inputs()
     run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, return_lse=True, **kwargs))
     with pytest.warns(RuntimeWarning, match=r"could not be built.*NumPy 2\.3.*implementation='xla'"):
@@ -291,9 +291,9 @@ class TestWithoutNumba:
     @pytest.fixture(autouse=True)
     def _absent(self, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(numba_kernels.importlib.util, "find_spec", lambda name: None)
-        numba_kernels._missing.cache_clear()
+        numba_kernels.missing.cache_clear()
         yield
-        numba_kernels._missing.cache_clear()
+        numba_kernels.missing.cache_clear()
 
     def test_by_name_it_says_what_to_install(self) -> None:
         with pytest.raises(NotImplementedError, match=r"needs numba and platformdirs.*pip install 'jax-ifa\[numba\]'"):

@@ -26,7 +26,7 @@ from llama.sampling import GREEDY, Sampling
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a step consumes and makes anew.
+    """What a step makes anew.
 
     Attributes:
       caches: one per layer.
@@ -77,7 +77,8 @@ class Decoder:
         self.capacity = capacity
         graphdef, weights = nnx.split(model)
         self._weights, structure = jax.tree.flatten(weights)
-        self._step = compiled_step(graphdef, structure, sampling, implementation)
+        self._choose = compiled_choice(sampling)
+        self._step = compiled_step(graphdef, structure, implementation)
         self._blocks = Blocks(len(prompts), capacity, cache.block_size) if cache.kind == "paged" else None
         self._grow(self.lengths)
 
@@ -96,7 +97,10 @@ class Decoder:
         return np.array(self._state.logits)  # a copy: the next step reuses the memory
 
     def step(self, active: np.ndarray | None = None, tokens: np.ndarray | None = None) -> np.ndarray:
-        """Choose the next token of each sequence, from the present logits, and read it.
+        """Choose the next token of each sequence, from the present logits, and have it read.
+
+        The tokens are there when the step before is done: what this one computes goes on while the caller looks at
+        them, and asks for the next.
 
         Args:
           active: (B,) bool: only these sequences grow; None means all. The others' tokens mean nothing.
@@ -110,8 +114,9 @@ class Decoder:
             raise ValueError(f"{full.sum()} of the sequences already hold {self.capacity} tokens, the capacity")
         self._grow(active)
         self.lengths = self.lengths + active
-        forced = None if tokens is None else jnp.asarray(tokens, jnp.int32)
-        chosen, self._state = self._step(self._weights, self._state, jnp.asarray(active), self._table, forced)
+        state = self._state
+        chosen = self._choose(state.logits, state.lengths) if tokens is None else np.asarray(tokens, np.int32)
+        self._state = self._step(self._weights, state.caches, state.lengths, chosen, active, self._table)
         return np.asarray(chosen)
 
     def _grow(self, tokens: np.ndarray) -> None:
@@ -120,32 +125,41 @@ class Decoder:
 
 
 @functools.cache
-def compiled_step(graphdef: nnx.GraphDef[Llama], structure: Any, sampling: Sampling, implementation: str | None) -> Any:
-    """The decode step, compiled once for each shape: (weights, state, active, table, forced) -> (tokens, state).
+def compiled_choice(sampling: Sampling) -> Any:
+    """`Sampling.choose`, compiled; apart from the step, so that the tokens do not wait for it."""
+    return jax.jit(sampling.choose)
+
+
+@functools.cache
+def compiled_step(graphdef: nnx.GraphDef[Llama], structure: Any, implementation: str | None) -> Any:
+    """The decode step, compiled once for each shape: (weights, caches, lengths, tokens, active, table) -> `State`.
 
     The weights are a plain list, which costs less to hand over in every step than the model's nested state.
     """
 
-    @functools.partial(jax.jit, donate_argnames="state")
+    @functools.partial(jax.jit, donate_argnames="caches")
     def step(
-        weights: list[Array], state: State, active: Array, table: Array | None, forced: Array | None
-    ) -> tuple[Array, State]:
+        weights: list[Array],
+        caches: tuple[Cache, ...],
+        lengths: Array,
+        tokens: Array,
+        active: Array,
+        table: Array | None,
+    ) -> State:
         model = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-        tokens = sampling.choose(state.logits, state.lengths) if forced is None else forced
         attends = [
             functools.partial(
                 attend_cached,
                 cache=cache,
-                lengths=state.lengths,
+                lengths=lengths,
                 active=active,
                 table=table,
                 implementation=implementation,
             )
-            for cache in state.caches
+            for cache in caches
         ]
-        logits, caches = model(tokens[:, None], state.lengths[:, None], attends)
-        lengths = state.lengths + active.astype(jnp.int32)
-        return tokens, State(tuple(caches), lengths, logits[:, 0])
+        logits, kept = model(tokens[:, None], lengths[:, None], attends)
+        return State(tuple(kept), lengths + active.astype(jnp.int32), logits[:, 0])
 
     return step
 

@@ -186,7 +186,7 @@ def load_model(file: GGUFFile, progress: bool = False) -> Llama:
     layers = tqdm(range(config.num_layers), "loading weights", disable=not progress, leave=False)
     head = {"norm": scale(file, "output_norm")}
     if not config.tied_embeddings:
-        head["output"] = kernel(file, ["output"])
+        head["output"] = matrix(file, ["output"])
     weights = {
         "embedding": {"embedding": jnp.asarray(file.tensor("token_embd.weight"))},
         "rotary": {"frequencies": jnp.asarray(frequencies, jnp.float32)},
@@ -201,7 +201,7 @@ def load_block(file: GGUFFile, prefix: str) -> dict[str, Any]:
     """The weights of one block, nested as its modules are."""
 
     def joined(*names: str) -> dict[str, Any]:
-        return kernel(file, [prefix + name for name in names])
+        return matrix(file, [prefix + name for name in names])
 
     return {
         "attention_norm": scale(file, prefix + "attn_norm"),
@@ -211,10 +211,9 @@ def load_block(file: GGUFFile, prefix: str) -> dict[str, Any]:
     }
 
 
-def kernel(file: GGUFFile, names: Iterable[str]) -> dict[str, Any]:
-    """Matrices joined along their outputs, as the (inputs, outputs) kernel of one nnx.Linear."""
-    rows = np.concatenate([file.tensor(f"{name}.weight") for name in names])
-    return {"kernel": jnp.asarray(np.ascontiguousarray(rows.T))}
+def matrix(file: GGUFFile, names: Iterable[str]) -> dict[str, Any]:
+    """Matrices joined along their outputs, as the weight of one Linear."""
+    return {"weight": jnp.asarray(np.concatenate([file.tensor(f"{name}.weight") for name in names]))}
 
 
 def scale(file: GGUFFile, name: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from numba_kernels.product import row_product
+
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(query (B, N, T, D), key (B, K, T, D), value (B, K, T, D)) -> (output (B, N, T, D), what to keep)."""
 
@@ -91,8 +93,8 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = linear(config.hidden_size, heads * config.head_dim, rngs)
-        self.output = linear(config.num_heads * config.head_dim, config.hidden_size, rngs)
+        self.qkv = Linear(config.hidden_size, heads * config.head_dim, rngs=rngs)
+        self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Array, rotation: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
         """x is (B, T, hidden_size); so is what comes out."""
@@ -108,13 +110,27 @@ class FeedForward(nnx.Module):
     """SwiGLU: silu(gate) * up, projected down."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate_up = linear(config.hidden_size, 2 * config.feed_forward_size, rngs)
-        self.down = linear(config.feed_forward_size, config.hidden_size, rngs)
+        self.gate_up = Linear(config.hidden_size, 2 * config.feed_forward_size, rngs=rngs)
+        self.down = Linear(config.feed_forward_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """x is (B, T, hidden_size); so is what comes out."""
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
+
+
+class Linear(nnx.Module):
+    """A matrix; Llama models have no biases.
+
+    Its outputs are the rows, as in GGUF files: a row of few inputs is read from memory as it lies.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(nnx.initializers.lecun_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, inputs)))
+
+    def __call__(self, x: Array) -> Array:
+        """(..., outputs) of x (..., inputs)."""
+        return row_product(x, self.weight[...])
 
 
 class Head(nnx.Module):
@@ -123,12 +139,12 @@ class Head(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.norm = rms_norm(config, rngs)
         tied = config.tied_embeddings
-        self.output = None if tied else linear(config.hidden_size, config.vocab_size, rngs)
+        self.output = None if tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
     def __call__(self, x: Array, embedding: nnx.Embed) -> Array:
         """Logits (B, T, vocab_size) of x (B, T, hidden_size)."""
         x = self.norm(x)
-        return embedding.attend(x) if self.output is None else self.output(x)
+        return row_product(x, embedding.embedding[...]) if self.output is None else self.output(x)
 
 
 def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
@@ -140,11 +156,6 @@ def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
     cos, sin = rotation
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
-
-
-def linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A matrix; Llama models have no biases."""
-    return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
 
 
 def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

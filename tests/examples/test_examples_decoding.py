@@ -35,12 +35,13 @@ def test_one_program_serves_every_step(tiny, kind):
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_a_step_writes_into_the_donated_caches(tiny, kind, kv_dtype):
-    """All of the state is reused for the outputs, and what else is allocated is small beside it."""
+    """All of the caches is reused for the outputs, and what else is allocated is small beside it."""
     tiny.config = dataclasses.replace(tiny.config, context_length=8192)
     decoder = Decoder(tiny, PROMPTS, capacity=8192, cache=CacheOptions(kind, kv_dtype))
     state = decoder._state
     table = decoder._table
-    compiled = decoder._step.lower(decoder._weights, state, jnp.ones(3, bool), table, None).compile()
+    tokens, active = np.zeros(3, np.int32), np.ones(3, bool)
+    compiled = decoder._step.lower(decoder._weights, state.caches, state.lengths, tokens, active, table).compile()
     memory = compiled.memory_analysis()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
     assert memory.alias_size_in_bytes >= held
