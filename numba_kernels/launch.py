@@ -86,7 +86,7 @@ def _lower(context: mlir.LoweringRuleContext, *leaves: Any, tree: Any, or_xla: b
 def _builds(tree: Any, leaves: Any) -> bool:
     return builds(
         functools.partial(_target_of, jax.tree.unflatten(tree, leaves)),
-        "XLA's slower loop runs instead (implementation='xla' chooses that loop without this warning)",
+        "XLA's slower loop runs instead. implementation='xla' chooses that loop without this warning.",
     )
 
 

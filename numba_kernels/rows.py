@@ -4,6 +4,8 @@ out[b, o] = sum_i x[b, i] * matrix[o, i], float32. The matrix is read once, from
 pieces as the threads need: that is how memory is read fastest, and reading is all that such a product waits for.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -16,7 +18,9 @@ from numba_kernels.sharing import OWN, done, leave, new_block, share, take
 from numba_kernels.tiles import Tile
 from numba_kernels.vectors import I64, Vectors
 
-AT_ONCE = 4  # vectors of a row, each with a sum of its own: one alone would wait for itself
+BESIDE = 4  # rows of x that meet a row of the matrix in registers
+AHEAD = 1 << 11  # bytes that are fetched ahead where there is so much to do that the processor does not by itself
+SUMS = 4  # of one row of x, so that they need not wait for each other
 LEAST_BYTES = 1 << 19  # of a range: where one begins, the memory's own fetching ahead has to begin anew
 RANGES_PER_THREAD = 8  # at most
 X, MATRIX, OUT, BATCH, OUTPUTS, INPUTS, LENGTH, WORDS = range(OWN, OWN + 8)  # of the shared block
@@ -82,34 +86,58 @@ def make(machine: Machine) -> tuple[dict[str, Tile], tuple[Any, Any]]:
     return {tile.name: tile}, (handle, take_ranges)
 
 
-def _dot_rows(
-    v: Vectors, x: ir.Value, rows: ir.Value, out: ir.Value, count: ir.Value, batch: ir.Value, *sizes: ir.Value
-) -> None:
-    """(x, rows, out, count, batch, outputs, inputs): `count` rows of the matrix with `batch` rows of x."""
+def _dot_rows(v: Vectors, x: ir.Value, matrix: ir.Value, out: ir.Value, count: ir.Value, *sizes: ir.Value) -> None:
+    """(x, matrix, out, count, batch, outputs, inputs): `count` rows of the matrix with all `batch` rows of x."""
+    builder, one = v.builder, ir.Constant(I64, 1)
+    batch, outputs, inputs = sizes
+    last = builder.sub(batch, one)
+
+    def row_with(r: ir.Value, beside: int, group: ir.Value) -> None:
+        """One row of the matrix with `beside` rows of x; beyond the last of these, with the last once more."""
+        first = builder.mul(group, ir.Constant(I64, beside))
+        places = [builder.add(first, ir.Constant(I64, i)) for i in range(beside)]
+        places = [builder.select(builder.icmp_signed("<", b, last), b, last) for b in places]
+        vectors = [v.address(x, builder.mul(b, inputs), 4) for b in places]
+        dots = _dots(v, v.address(matrix, builder.mul(r, inputs), 4), vectors, inputs)
+        for b, total in zip(places, dots, strict=True):
+            v.store(total, v.address(out, builder.add(builder.mul(b, outputs), r), 4))
+
+    with builder.if_else(builder.icmp_signed("==", batch, one)) as (single, several):
+        with single, v.loop(count) as r:
+            row_with(r, 1, ir.Constant(I64, 0))
+        with several:
+            groups = builder.udiv(builder.add(last, ir.Constant(I64, BESIDE)), ir.Constant(I64, BESIDE))
+            with v.loop(count) as r, v.loop(groups) as group:
+                row_with(r, BESIDE, group)
+
+
+def _dots(v: Vectors, row: ir.Value, vectors: list[ir.Value], inputs: ir.Value) -> list[ir.Value]:
+    """The dot products of a row with some vectors, all at addresses."""
     builder, size = v.builder, 4 * v.lanes
-    outputs, inputs = sizes
-    lanes = ir.Constant(I64, v.lanes)
-    totals = [cgutils.alloca_once(builder, v.floats) for _ in range(AT_ONCE)]
-    span = ir.Constant(I64, v.lanes * AT_ONCE)
+    wide = max(2, SUMS // len(vectors))
+    totals = [[cgutils.alloca_once(builder, v.floats) for _ in range(wide)] for _ in vectors]
+    for total in (x for one in totals for x in one):
+        builder.store(v.constant(v.floats, 0.0), total)
+
+    def add(i: int, load: Callable[[ir.Value], ir.Value]) -> None:
+        weight = load(row)
+        for vector, sums in zip(vectors, totals, strict=True):
+            builder.store(v.float_function("fma", load(vector), weight, builder.load(sums[i])), sums[i])
+
+    def whole(offset: ir.Value, base: ir.Value) -> ir.Value:
+        return v.load(builder.add(base, offset), v.floats)
+
+    span = ir.Constant(I64, v.lanes * wide)
     blocks = builder.udiv(inputs, span)
-    rest = builder.mul(blocks, span)
-    strips = builder.udiv(builder.add(builder.sub(inputs, rest), ir.Constant(I64, v.lanes - 1)), lanes)
-    with v.loop(count) as r, v.loop(batch) as b:
-        row = v.address(rows, builder.mul(r, inputs), 4)
-        vector = v.address(x, builder.mul(b, inputs), 4)
-        for total in totals:
-            builder.store(v.constant(v.floats, 0.0), total)
-
-        def add(total: ir.Value, *factors: ir.Value) -> None:
-            builder.store(v.float_function("fma", *factors, builder.load(total)), total)
-
-        with v.loop(blocks) as block:
-            at = builder.mul(block, ir.Constant(I64, size * AT_ONCE))
-            for i, total in enumerate(totals):
-                add(total, *(v.load(v.address(builder.add(base, at), i, size), v.floats) for base in (vector, row)))
-        with v.loop(strips) as strip:
-            first = builder.add(rest, builder.mul(strip, lanes))
-            left = builder.sub(inputs, first)
-            add(totals[0], *(v.load_first(v.address(base, first, 4), v.floats, left) for base in (vector, row)))
-        place = builder.add(builder.mul(b, outputs), r)
-        v.store(v.reduce("fadd", [builder.load(total) for total in totals]), v.address(out, place, 4))
+    with v.loop(blocks) as block:
+        at = builder.mul(block, ir.Constant(I64, size * wide))
+        for i in range(wide):
+            if len(vectors) > 1:
+                v.prefetch(v.address(builder.add(row, at), i * size + AHEAD, 1))
+            add(i, functools.partial(whole, v.address(at, i, size)))
+    done, lanes = builder.mul(blocks, span), ir.Constant(I64, v.lanes)
+    more = builder.add(builder.sub(inputs, done), ir.Constant(I64, v.lanes - 1))
+    with v.loop(builder.udiv(more, lanes)) as strip:
+        at = builder.add(done, builder.mul(strip, lanes))
+        add(0, lambda base: v.load_first(v.address(base, at, 4), v.floats, builder.sub(inputs, at)))
+    return [v.reduce("fadd", [builder.load(total) for total in sums]) for sums in totals]

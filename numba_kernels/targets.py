@@ -34,6 +34,6 @@ def builds(target: Callable[[], str], instead: str) -> bool:
     try:
         target()
     except Exception as error:
-        warnings.warn(f"The CPU kernel could not be built, and {instead}: {error!r}", RuntimeWarning)
+        warnings.warn(f"The CPU kernel could not be built: {error!r}. {instead}", RuntimeWarning)
         return False
     return True

@@ -1,0 +1,144 @@
+"""The product of a few rows with a matrix that lies with its outputs first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import numba_kernels
+from numba_kernels import build, product
+from numba_kernels.machine import Machine, describe, this_machine
+from numba_kernels.product import MOST_ROWS, RowProduct, row_product
+
+FOREIGN = "custom_call @jax_ifa_row_product"
+
+
+def inputs(rows: tuple[int, ...], outputs: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """x (*rows, size) and a matrix (outputs, size), float32."""
+    rng = np.random.default_rng(outputs)
+    x = rng.standard_normal((*rows, size), np.float32)
+    return x, rng.standard_normal((outputs, size), np.float32)
+
+
+def assert_exact(out: jax.Array, x: np.ndarray, matrix: np.ndarray) -> None:
+    """Within float32's rounding of the sum of the terms' sizes, in whatever order they were added."""
+    x, matrix = x.astype(np.float64), matrix.astype(np.float64)
+    assert out.dtype == jnp.float32
+    assert (np.abs(np.asarray(out) - x @ matrix.T) <= 1e-6 * (np.abs(x) @ np.abs(matrix).T)).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "size"),
+    [((1,), 1, 1), ((3,), 7, 5), ((1,), 100, 16), ((), 33, 129), ((2, 1), 65, 576), ((MOST_ROWS,), 2000, 1537)],
+)
+def test_values(rows: tuple[int, ...], outputs: int, size: int) -> None:
+    x, matrix = inputs(rows, outputs, size)
+    run = jax.jit(row_product)
+    assert FOREIGN in run.lower(x, matrix).as_text()
+    assert_exact(run(x, matrix), x, matrix)
+    assert_exact(row_product(jnp.asarray(x), jnp.asarray(matrix)), x, matrix)
+
+
+@pytest.mark.parametrize("lesser", [dict(lanes=8, registers=16), dict(lanes=4)], ids=["8 lanes", "4 lanes"])
+def test_processors_with_narrower_vectors(lesser: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = this_machine()
+    fields = {field: getattr(machine, field) for field in Machine.__dataclass_fields__}
+    monkeypatch.setattr(product, "this_machine", lambda: Machine(**fields | lesser))
+    x, matrix = inputs((2,), 40, 77)
+    assert_exact(jax.jit(row_product)(x, matrix), x, matrix)
+
+
+def test_compiles_for_arm() -> None:
+    machine = describe("neoverse-v1", {"neon": True, "fp-armv8": True}, "aarch64")
+    code = build.compile_object(RowProduct(), machine, "aarch64-unknown-linux-gnu")
+    assert int.from_bytes(code[18:20], "little") == 183  # EM_AARCH64
+
+
+def test_what_is_not_a_number_reaches_its_outputs_and_no_other() -> None:
+    x, matrix = inputs((3,), 6, 21)
+    x[1, 20], matrix[4, 0], matrix[5, 20] = np.nan, np.inf, np.nan
+    out = np.asarray(jax.jit(row_product)(x, matrix))
+    expected = np.isnan(x @ matrix.T)
+    assert (np.isnan(out) == expected).all()
+    assert expected[1].all()
+    assert np.isinf(out[[0, 2], 4]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "size", "dtype"),
+    [((MOST_ROWS + 1,), 9, 8, "float32"), ((2,), 9, 8, "bfloat16"), ((0,), 9, 8, "float32"), ((1,), 9, 0, "float32")],
+)
+def test_the_rest_is_for_xla(rows: tuple[int, ...], outputs: int, size: int, dtype: str) -> None:
+    x, matrix = (jnp.asarray(array, dtype) for array in inputs(rows, outputs, size))
+    run = jax.jit(row_product)
+    assert FOREIGN not in run.lower(x, matrix).as_text()
+    np.testing.assert_array_equal(np.asarray(run(x, matrix)), np.asarray(x @ matrix.T))
+
+
+def test_other_platforms_and_exported_programs_have_no_foreign_call() -> None:
+    traced = jax.jit(row_product).trace(*inputs((1,), 9, 8))
+    assert FOREIGN not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert FOREIGN not in export.export(jax.jit(row_product))(*inputs((1,), 9, 8)).mlir_module()
+
+
+def test_vmap() -> None:
+    x, matrix = inputs((3,), 9, 8)
+    several = np.stack([matrix, 2 * matrix, matrix + 1])
+    over_rows = jax.jit(jax.vmap(row_product, (0, None)))
+    assert FOREIGN in over_rows.lower(x, matrix).as_text()
+    assert_exact(over_rows(x, matrix), x, matrix)
+    for i, out in enumerate(jax.vmap(row_product)(x, several)):
+        assert_exact(out, x[i], several[i])
+    for i, out in enumerate(jax.vmap(row_product, (None, 0))(x[0], several)):
+        assert_exact(out, x[0], several[i])
+
+
+def test_gradients() -> None:
+    x, matrix = inputs((2,), 9, 8)
+
+    def of(multiply):  # type: ignore[no-untyped-def]
+        return jax.grad(lambda x, matrix: jnp.sum(jnp.sin(multiply(x, matrix))), (0, 1))(x, matrix)
+
+    for found, expected in zip(of(row_product), of(lambda x, matrix: x @ matrix.T), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inside_a_shard_map() -> None:
+    """A matrix that differs from device to device, with rows that do not."""
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    x, matrix = inputs((1,), 9, 8)
+    run = jax.jit(
+        jax.shard_map(row_product, mesh=mesh, in_specs=(spec(), spec("model")), out_specs=spec(None, "model"))
+    )
+    assert_exact(run(x, matrix), x, matrix)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, matrix = inputs((1,), 9, 8)
+    with pytest.raises(ValueError, match=r"expected x \(\.\.\., inputs\).*\(1, 7\) and \(9, 8\)"):
+        row_product(x[:, :7], matrix)
+    with pytest.raises(ValueError, match="expected"):
+        row_product(x, matrix[0])
+    with pytest.raises(TypeError, match="one dtype, got float32 and float16"):
+        row_product(x, matrix.astype(np.float16))
+
+
+def test_without_numba_xla_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_kernels, "missing", lambda: "not here")
+    x, matrix = inputs((1,), 11, 8)
+    run = jax.jit(lambda x, matrix: row_product(x, matrix))
+    assert FOREIGN not in run.lower(x, matrix).as_text()
+    assert_exact(run(x, matrix), x, matrix)
+
+
+def test_a_numba_that_does_not_work_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> str:
+        raise ImportError("no")
+
+    monkeypatch.setattr(product, "registered", broken)
+    x, matrix = inputs((1,), 13, 8)
+    with pytest.warns(RuntimeWarning, match="could not be built.*XLA's slower product runs"):
+        out = jax.jit(lambda x, matrix: row_product(x, matrix))(x, matrix)
+    assert_exact(out, x, matrix)
