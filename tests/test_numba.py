@@ -111,7 +111,7 @@ def test_fewer_digits_only_where_nothing_shows_it(
 ) -> None:
     chosen: list[bool] = []
     monkeypatch.setattr(launch, "this_machine", lambda: describe("znver4", AVX512, "x86_64"))
-    monkeypatch.setattr(launch, "_register", lambda form, machine: chosen.append("narrow" in form.name) or "nothing")
+    monkeypatch.setattr(launch, "registered", lambda form, machine: chosen.append("narrow" in form.name) or "nothing")
     args, kwargs = case.inputs()
     jax.jit(
         lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", return_lse=return_lse, **kwargs)
