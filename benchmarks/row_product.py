@@ -2,8 +2,8 @@
 
     python -m benchmarks.row_product --rows 1 4 8
 
-Prints milliseconds, medians of turns that the contenders take, and for one row the bytes of the weights over them. A sum
-of as many bytes shows what the memory gives.
+Prints milliseconds, medians of turns that the contenders take, and for one row the bytes of the weights over them. A
+sum of as many bytes shows what the memory gives.
 """
 
 import argparse

@@ -46,10 +46,15 @@ def row_product(x: Array, matrix: Array) -> Array:
         raise TypeError(f"expected x and the matrix in one dtype, got {x.dtype} and {matrix.dtype}")
     rows = math.prod(x.shape[:-1])
     native = x.dtype == jnp.float32 and 0 < rows <= MOST_ROWS and matrix.size > 0
-    if not native or numba_kernels.missing():
+    if not native or numba_kernels.missing() or _distributed(x) or _distributed(matrix):
         return _by_xla(x, matrix)
     flat, matrix = vary_together((x.reshape(rows, -1), matrix))
     return row_product_p.bind(flat, matrix).reshape(*x.shape[:-1], -1)
+
+
+def _distributed(array: Array) -> bool:
+    """Whether the type says that an axis lies on several devices, which XLA's products know what to make of."""
+    return any(axis is not None for axis in jax.typeof(array).sharding.spec)
 
 
 def _by_xla(x: Array, matrix: Array) -> Array:

@@ -63,7 +63,7 @@ def make(machine: Machine) -> tuple[dict[str, Tile], tuple[Any, Any]]:
         threads = 1
         bytes_ = 4 * outputs * inputs
         if bytes_ >= 2 * LEAST_BYTES:
-            threads = num_threads(frame)
+            threads = max(1, num_threads(frame))
         # As many for each thread: at the end nobody waits long.
         ranges = threads * max(1, min(RANGES_PER_THREAD, bytes_ // LEAST_BYTES // threads))
         length = (outputs + ranges - 1) // ranges

@@ -37,7 +37,7 @@ def test_values(rows: tuple[int, ...], outputs: int, size: int) -> None:
     run = jax.jit(row_product)
     assert FOREIGN in run.lower(x, matrix).as_text()
     assert_exact(run(x, matrix), x, matrix)
-    assert_exact(row_product(jnp.asarray(x), jnp.asarray(matrix)), x, matrix)
+    assert_exact(row_product(x, matrix), x, matrix)
 
 
 @pytest.mark.parametrize("lesser", [dict(lanes=8, registers=16), dict(lanes=4)], ids=["8 lanes", "4 lanes"])
@@ -113,6 +113,16 @@ def test_inside_a_shard_map() -> None:
         jax.shard_map(row_product, mesh=mesh, in_specs=(spec(), spec("model")), out_specs=spec(None, "model"))
     )
     assert_exact(run(x, matrix), x, matrix)
+
+
+def test_what_its_type_says_to_be_distributed_is_for_xla() -> None:
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, matrix = inputs((1,), 9, 8)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(matrix, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model")))
+        out = jax.jit(row_product)(x, placed)
+    assert out.sharding.spec == jax.sharding.PartitionSpec(None, "model")
+    assert_exact(out, x, matrix)
 
 
 def test_what_does_not_fit_is_refused() -> None:

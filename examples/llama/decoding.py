@@ -94,7 +94,7 @@ class Decoder:
     @property
     def logits(self) -> np.ndarray:
         """(B, vocab_size), what the model expects after each sequence's last token."""
-        return np.array(self._state.logits)  # a copy: the next step reuses the memory
+        return np.asarray(self._state.logits)
 
     def step(self, active: np.ndarray | None = None, tokens: np.ndarray | None = None) -> np.ndarray:
         """Choose the next token of each sequence, from the present logits, and have it read.

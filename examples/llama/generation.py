@@ -16,7 +16,7 @@ class Generation:
     Attributes:
       token_ids: the new tokens of each sequence; an end token is the last one.
       finish: why each stopped: "end" (an end token), "length" (as many tokens as asked for), "capacity" (of the cache).
-      step_seconds: how long each step took; the first one compiles.
+      step_seconds: how long each new token took to come; the first one compiles.
       logits: with `keep_logits`, for each sequence what the model expected after each new token.
     """
 

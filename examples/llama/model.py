@@ -120,10 +120,7 @@ class FeedForward(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix; Llama models have no biases.
-
-    Its outputs are the rows, as in GGUF files: a row of few inputs is read from memory as it lies.
-    """
+    """A matrix (outputs, inputs), as in GGUF files; Llama models have no biases."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(nnx.initializers.lecun_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, inputs)))
