@@ -44,6 +44,7 @@ class Call:
     bias: bool = False
     padding: bool = False
     precise: bool = False
+    lse: bool = True
     implementation: str | None = "mosaic_tpu"
 
     def __str__(self) -> str:
@@ -107,7 +108,7 @@ class Call:
             scale_value=self.head_dim**-0.5,
             inner_precise=0 if self.precise else 1,
             implementation=self.implementation,
-            return_lse=True,
+            return_lse=self.lse,
         )
         return lambda q, k, v, arrays: incre_flash_attention(q, k, v, **arrays, **static)
 

@@ -36,12 +36,18 @@ def tiles_in_stages(monkeypatch: pytest.MonkeyPatch, *, many_copies: bool) -> No
 
 
 def interpret(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, function: Callable[..., Any] | None = None, **parameters: Any
-) -> tuple[Any, Any]:
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    function: Callable[..., Any] | None = None,
+    return_lse: bool = True,
+    **parameters: Any,
+) -> tuple[Any, ...]:
     """(out, lse) of a call of the public function on the kernel; `parameters` are those of `pltpu.InterpretParams`."""
 
     def call(query: Any, key: Any, value: Any) -> Any:
-        return incre_flash_attention(query, key, value, implementation="mosaic_tpu", return_lse=True, **kwargs)
+        found = incre_flash_attention(query, key, value, implementation="mosaic_tpu", return_lse=return_lse, **kwargs)
+        return found if return_lse else (found,)
 
     jax.clear_caches()  # what was traced with other tiles, or planted faults, must not be used again
     printed = io.StringIO()

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_ifa.masking import MASK_VALUE
-from pallas_kernels.tpu.narrow import DIGITS, from_digits, int8_digits, split_bfloat16
+from pallas_kernels.tpu.narrow import from_digits, int8_digits, split_bfloat16
 from pallas_kernels.tpu.plan import Plan
 from pallas_kernels.tpu.storage import LANES
 
@@ -173,8 +173,8 @@ def _pack_query(r: Refs, plan: Plan, item: Array) -> None:
         if not plan.digits:
             r.packed_query[group] = jnp.concatenate(split_bfloat16(query, plan.query_terms), axis=0)
             continue
-        digits, step = int8_digits(query)
-        if spare := plan.query_rows - DIGITS * plan.rows:
+        digits, step = int8_digits(query, plan.digits)
+        if spare := plan.query_rows - plan.digits * plan.rows:
             digits.append(jnp.zeros((spare, plan.width), jnp.int32))
         r.packed_query[group] = jnp.concatenate(digits, axis=0).astype(jnp.int8)
         r.step[pl.ds(group * plan.rows, plan.rows)] = jnp.broadcast_to(step * r.scale[item], (plan.rows, LANES))
@@ -497,7 +497,7 @@ def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     rows_are_positions = plan.form != "columns"
     if plan.digits:
         products = _dot(r.packed_query[group], key, transposed=rows_are_positions)
-        return from_digits(*(products[i * plan.rows : (i + 1) * plan.rows] for i in range(DIGITS)))
+        return from_digits([products[i * plan.rows : (i + 1) * plan.rows] for i in range(plan.digits)])
     key = _for_terms(key)
     query = r.packed_query[group].astype(key.dtype)
     if not plan.apart or plan.packed == 1:

@@ -3,9 +3,12 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-DIGITS = 3
 DIGIT_BITS = 8  # one of a digit counts 256 of the next
-LARGEST = 127 << (DIGITS - 1) * DIGIT_BITS  # of the numbers in steps; the lower digits leave room for a rounding
+
+
+def largest(count: int) -> int:
+    """What `count` digits are used for, in steps: of the last digit no more, so that a rounding has room."""
+    return 127 << (count - 1) * DIGIT_BITS
 
 
 def split_bfloat16(x: Array, terms: int) -> list[Array]:
@@ -23,27 +26,29 @@ def split_bfloat16(x: Array, terms: int) -> list[Array]:
     return [*parts, x]
 
 
-def int8_digits(x: Array) -> tuple[list[Array], Array]:
-    """Each row of a float32 array in digits, to half a step: x = ((high * 256 + middle) * 256 + low) * step.
+def int8_digits(x: Array, count: int) -> tuple[list[Array], Array]:
+    """Each row of a float32 array in digits, to half a step: of three, x = ((high * 256 + middle) * 256 + low) * step.
 
-    Returns [high, middle, low], int32 in [-128, 127], and the steps, (rows, 1) float32: the largest number of a row
-    over `LARGEST`, or NaN if one is not finite.
+    Returns the digits, the highest first, int32 in [-128, 127], and the steps, (rows, 1) float32: the largest number of
+    a row over `largest(count)`, or NaN if one is not finite.
     """
     size = jnp.abs(x)
     finite = jnp.min(jnp.where(size < jnp.inf, 1.0, 0.0), axis=1, keepdims=True) > 0.0
-    largest = jnp.maximum(jnp.max(jnp.where(size < jnp.inf, size, 0.0), axis=1, keepdims=True), 2.0**-100)
-    rest = jnp.floor(jnp.where(size < jnp.inf, x, 0.0) * (LARGEST / largest) + 0.5).astype(jnp.int32)
+    top = jnp.maximum(jnp.max(jnp.where(size < jnp.inf, size, 0.0), axis=1, keepdims=True), 2.0**-100)
+    rest = jnp.floor(jnp.where(size < jnp.inf, x, 0.0) * (largest(count) / top) + 0.5).astype(jnp.int32)
     digits: list[Array] = []
-    for _ in range(DIGITS - 1):
+    for _ in range(count - 1):
         following = (rest + (1 << (DIGIT_BITS - 1))) >> DIGIT_BITS
         digits.insert(0, rest - (following << DIGIT_BITS))
         rest = following
-    return [rest, *digits], jnp.where(finite, largest / LARGEST, jnp.nan)
+    return [rest, *digits], jnp.where(finite, top / largest(count), jnp.nan)
 
 
-def from_digits(high: Array, middle: Array, low: Array) -> Array:
-    """The int32 products of digits as float32 products, in steps, of what they are digits of.
+def from_digits(products: list[Array]) -> Array:
+    """The int32 products of two or three digits, the highest first, as float32 products in steps.
 
     Up to 512 products of two digits with an int8 number each stay inside int32; of three they would not.
     """
-    return ((high << DIGIT_BITS) + middle).astype(jnp.float32) * (1 << DIGIT_BITS) + low.astype(jnp.float32)
+    high, middle, *low = products
+    whole = ((high << DIGIT_BITS) + middle).astype(jnp.float32)
+    return whole * (1 << DIGIT_BITS) + low[0].astype(jnp.float32) if low else whole

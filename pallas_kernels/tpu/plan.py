@@ -6,7 +6,6 @@ import math
 import jax.numpy as jnp
 
 from jax_ifa.operands import Operands
-from pallas_kernels.tpu.narrow import DIGITS
 from pallas_kernels.tpu.storage import LANES, ROWS, alignment, form
 from pallas_kernels.tpu.tuning import Tuning
 
@@ -41,7 +40,7 @@ class Plan:
       stages: parts of a whole tile with a softmax each.
       cuts: pieces in which a stage is multiplied, so that many copies can be started in between.
       query_terms, weight_terms: bfloat16 numbers whose sum stands for one float32 query element or softmax weight.
-      digits: the query is multiplied in int8 digits instead, by keys as they are.
+      digits: int8 digits of the query that are multiplied instead, by keys as they are; or 0.
       row_groups: whether the rows of a cache, positions or in columns D, are viewed in groups of 8.
       splits: parts each sequence's window is cut into, 1 or the number of cores.
       masked, biased: whether there is a mask, a bias.
@@ -70,7 +69,7 @@ class Plan:
     cuts: int
     query_terms: int
     weight_terms: int
-    digits: bool
+    digits: int
     row_groups: bool
     splits: int
     masked: bool
@@ -93,7 +92,7 @@ class Plan:
     @property
     def query_rows(self) -> int:
         """Rows of a group's query in all its terms or digits; digits fill whole tiles of int8."""
-        return _round_up(DIGITS * self.rows, ROWS) if self.digits else self.query_terms * self.rows
+        return _round_up(self.digits * self.rows, ROWS) if self.digits else self.query_terms * self.rows
 
     @property
     def groups(self) -> int:
@@ -161,7 +160,7 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
         cuts=max(d for d in _divisors(units // stages) if d * stages <= places),
         query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
         weight_terms=1 if wide else 3 if operands.precise else 2,
-        digits=dtype == jnp.int8 and tuning.int8_products and not operands.precise,
+        digits=_digits(operands, tuning),
         row_groups=dtype.itemsize == 2 and (head_dim if memory == "columns" else kv.page_size) % SUBLANES == 0,
         splits=tuning.cores if operands.batch % tuning.cores else 1,
         masked=operands.mask is not None,
@@ -169,6 +168,13 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
         tuning=tuning,
         interleaved=interleaved,
     )
+
+
+def _digits(operands: Operands, tuning: Tuning) -> int:
+    """Of the query; see `Plan`. Two hold 16 bits of its largest number, of which the LSE would show more."""
+    if operands.kv.key.dtype != jnp.int8 or operands.precise or not tuning.int8_products:
+        return 0
+    return 2 if operands.keeps_16_bits else 3
 
 
 def _divisors(n: int) -> list[int]:
