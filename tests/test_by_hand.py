@@ -64,6 +64,7 @@ def by_hand(
             stop=stop,
             mask=None if mask is None else jax_ifa.mask_rows(mask, kv.capacity),
             bias=None if bias is None else jax_ifa.bias_rows(bias, num_kv_heads=k),
+            out_dtype=jnp.dtype(jnp.float32) if int8 or "quant_scale2" in given else query.dtype,
         )
     )
 

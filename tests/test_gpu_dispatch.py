@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_close
+from cases import TOLERANCE, Case, assert_close
 from gpu_copies import copies, faults
 from gpu_interpreter import needs_interpreter
 
@@ -100,9 +100,10 @@ def test_an_export_for_every_platform_runs_here() -> None:
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
     exported = jax.export.export(jax.jit(call), platforms=["cpu", "cuda", "rocm"])(*specs)
     assert "mosaic_gpu" not in exported.mlir_module()
-    # An exported program runs XLA's loop, this process perhaps the CPU kernels: equal to one rounding of the result.
+    # An exported program runs XLA's loop, this process perhaps the CPU kernels, each within TOLERANCE of the truth: the
+    # two may be rounded to neighbours, up to 2**-7 of the largest apart.
     out, expected = (np.asarray(x, np.float32) for x in (exported.call(*args), jax.jit(call)(*args)))
-    np.testing.assert_allclose(out, expected, rtol=0, atol=2**-8 * np.abs(expected).max())
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2 * TOLERANCE[CASE.dtype] * np.abs(expected).max())
 
 
 def test_nothing_but_names_is_imported_or_traced_for_other_platforms() -> None:
