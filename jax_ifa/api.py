@@ -108,7 +108,9 @@ def incre_flash_attention(
       num_key_value_heads: K; 0 means N.
       block_size: P, a multiple of 16, or of 32 for int8 caches. Read only with `block_table`.
       inner_precise: 0 keeps float32 throughout; 1 lets an implementation round the softmax weights to the cache's
-        16-bit dtype. The XLA implementation keeps float32 for both.
+        16-bit dtype, and, for a 16-bit result without the LSE, an int8 cache's query (times the key's scales) to 16
+        bits of the largest number in its row. Take 0 if one channel is hundreds of times as large as the others. The
+        XLA implementation keeps float32 for both.
       implementation: None takes the fastest that can do the call on the platform it is lowered for; "xla" works
         everywhere.
       return_lse: also return the natural log of the sum of exponentiated scores.

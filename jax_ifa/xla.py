@@ -195,7 +195,8 @@ def _slice_pages(
 
     def positions(page: Array, count: int) -> Array:
         shape = (count, pages.shape[1], length, pages.shape[3]) if head_major else (count, length, *pages.shape[2:])
-        origin = (page, 0, begin, 0) if head_major else (page, begin, 0, 0)
+        zero = jnp.zeros_like(begin)  # a Python 0 would be int64 in x64 mode
+        origin = (page, zero, begin, zero) if head_major else (page, begin, zero, zero)
         return lax.dynamic_slice(pages, origin, shape)
 
     if table is None:

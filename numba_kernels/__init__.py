@@ -51,6 +51,8 @@ def unsupported_reason(operands: Operands) -> str | None:
 def attend(operands: Operands, *, or_xla: bool = False) -> tuple[Array, Array]:
     """`Operands` to (out (B, K, G, D) float32, lse (B, K, G) float32); see `jax_ifa.operands`.
 
+    Scale and window are those of `Operands.per_sequence()`, which the dispatcher calls.
+
     `or_xla` leaves to XLA's loop what only the lowering can tell should not be a foreign call; see `launch.py`.
     """
     from numba_kernels import launch  # imported by those who use it

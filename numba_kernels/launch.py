@@ -38,11 +38,7 @@ def _target_of(operands: Operands) -> str:
 
 def _narrow(operands: Operands) -> bool:
     """Whether the products of keys and values need not be more precise than 16 bits."""
-    if operands.precise:
-        return False
-    if operands.kv.key.dtype == jnp.int8:  # the LSE would show that the query has fewer digits
-        return operands.keeps_16_bits
-    return operands.out_dtype.itemsize == 2
+    return operands.keeps_16_bits and not operands.precise
 
 
 def _call(operands: Operands) -> tuple[Array, Array]:

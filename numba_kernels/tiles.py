@@ -362,8 +362,9 @@ def _weight_of_one(form: Format) -> int:
 def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, index: int) -> ir.Value:
     """Vector `index` of a head's weights, into the row or rows of its digits; and what to sum of it.
 
-    Two bytes are rounded, and the sum is of what they hold, so that many weights too small for them do no harm. Three
-    hold more than a float32 of 1 does in its last place, and are cut off.
+    One bfloat16 and two bytes are rounded, and the sum is of what they hold, so that roundings of many weights in one
+    direction, or to nothing, do no harm. Three bytes hold more than a float32 of 1 does in its last place, and are cut
+    off.
     """
     builder, lanes, summed = v.builder, v.lanes, weight
     rows = [v.address(at, i, 4 * (form.tile // form.pack)) for i in range(form.weight_digits)]
@@ -373,6 +374,8 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
         for row in rows:
             half, weight = v.round_to_bfloat16(weight)
             v.store(half, v.address(row, index, 2 * lanes))
+        if form.weight_digits == 1:
+            summed = builder.fsub(summed, weight)
     else:
         one = _weight_of_one(form)
         scaled = builder.fmul(weight, v.constant(v.floats, one))

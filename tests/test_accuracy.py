@@ -119,3 +119,19 @@ def test_long_contexts(int8: bool, implementation: str, theirs: Callable[..., np
         ]
     ours_rms, theirs_rms = np.sqrt(squares / 4)
     assert ours_rms <= theirs_rms, f"relative error {ours_rms:.3g}, theirs {theirs_rms:.3g}"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
+def test_weights_that_all_round_one_way_do_not_shift_the_result(implementation: str) -> None:
+    """One score of 0 in 64, the others -1.359375, whose weights bfloat16 holds as 1.004 times themselves."""
+    s, d, dtype = 1024, 64, DTYPES["bfloat16"]
+    key, query = np.zeros((1, 1, s, d)), np.zeros((1, 1, 1, d))
+    query[..., 0] = 1.0
+    key[..., 0] = np.where(np.arange(s) % 64 == 0, 0.0, -1.359375)
+    value = 1 + np.random.default_rng(1).random((1, 1, s, d)).astype(dtype)
+    out = incre_flash_attention(
+        *(x.astype(dtype) for x in (query, key, value)), num_heads=1, input_layout="BNSD", implementation=implementation
+    )
+    weights = np.exp(key[0, 0, :, 0])
+    truth = weights @ value[0, 0].astype(np.float64) / weights.sum()
+    assert abs(np.mean(np.asarray(out, np.float64)[0, 0, 0] / truth - 1)) < 5e-4

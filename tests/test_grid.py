@@ -69,3 +69,12 @@ def test_against_oracle(case: Case, implementation: str) -> None:
         lambda q, k, v: incre_flash_attention(q, k, v, implementation=implementation, return_lse=True, **kwargs)
     )
     assert_close(*call(*args), args, kwargs)
+
+
+@pytest.mark.parametrize("case", [Case(layout=x, lengths="ragged") for x in ("BNSD", "BSND")], ids=str)
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS_HERE])
+def test_where_python_numbers_have_64_bits(implementation: str | None, case: Case) -> None:
+    with jax.enable_x64(True):
+        args, kwargs = case.inputs()
+        result = incre_flash_attention(*args, implementation=implementation, return_lse=True, **kwargs)
+    assert_close(*result, args, kwargs)

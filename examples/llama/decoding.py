@@ -109,13 +109,14 @@ class Decoder:
         Returns:
           (B,) the tokens.
         """
-        active = np.ones(len(self.lengths), bool) if active is None else active
+        # Copies: the caller may change its arrays while the step, which may read them in place, is still to come.
+        active = np.ones(len(self.lengths), bool) if active is None else np.array(active, bool)
         if (full := self.lengths[active] >= self.capacity).any():
             raise ValueError(f"{full.sum()} of the sequences already hold {self.capacity} tokens, the capacity")
         self._grow(active)
         self.lengths = self.lengths + active
         state = self._state
-        chosen = self._choose(state.logits, state.lengths) if tokens is None else np.asarray(tokens, np.int32)
+        chosen = self._choose(state.logits, state.lengths) if tokens is None else np.array(tokens, np.int32)
         self._state = self._step(self._weights, state.caches, state.lengths, chosen, active, self._table)
         return np.asarray(chosen)
 

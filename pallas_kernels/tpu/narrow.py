@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 DIGIT_BITS = 8  # one of a digit counts 256 of the next
+MOST_PRODUCTS = 512  # of two digits with an int8 number each, whose sum stays inside int32
 
 
 def largest(count: int) -> int:
@@ -47,7 +48,7 @@ def int8_digits(x: Array, count: int) -> tuple[list[Array], Array]:
 def from_digits(products: list[Array]) -> Array:
     """The int32 products of two or three digits, the highest first, as float32 products in steps.
 
-    Up to 512 products of two digits with an int8 number each stay inside int32; of three they would not.
+    Sums of up to `MOST_PRODUCTS` of the upper two digits stay inside int32; of three they would not.
     """
     high, middle, *low = products
     whole = ((high << DIGIT_BITS) + middle).astype(jnp.float32)

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 
 from jax_ifa.operands import Operands
+from pallas_kernels.tpu.narrow import MOST_PRODUCTS
 from pallas_kernels.tpu.storage import LANES, ROWS, alignment, form
 from pallas_kernels.tpu.tuning import Tuning
 
@@ -172,7 +173,8 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
 
 def _digits(operands: Operands, tuning: Tuning) -> int:
     """Of the query; see `Plan`. Two hold 16 bits of its largest number, of which the LSE would show more."""
-    if operands.kv.key.dtype != jnp.int8 or operands.precise or not tuning.int8_products:
+    key = operands.kv.key
+    if key.dtype != jnp.int8 or operands.precise or not tuning.int8_products or key.shape[-1] > MOST_PRODUCTS:
         return 0
     return 2 if operands.keeps_16_bits else 3
 

@@ -73,6 +73,29 @@ def test_sequences_that_stopped_keep_their_length_and_the_others_their_answers(t
     assert batch.lengths.tolist() == [14, 3, 20]
 
 
+def aligned(values):
+    """A NumPy array such that JAX on a CPU may read it in place."""
+    values = np.asarray(values)
+    room = np.empty(values.nbytes + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    array = room[begin : begin + values.nbytes].view(values.dtype)
+    array[:] = values
+    return array
+
+
+def test_the_caller_may_change_its_arrays_after_a_step(tiny):
+    decoder, other = Decoder(tiny, PROMPTS, capacity=64), Decoder(tiny, PROMPTS, capacity=64)
+    for i in range(8):
+        active, tokens = aligned([True, True, i % 2 == 0]), aligned(np.array([5, 6, 7 + i], np.int32))
+        read = decoder.step(active, tokens)
+        active[:], tokens[:] = False, 0
+        assert read.tolist() == [5, 6, 7 + i]
+        other.step(np.array([True, True, i % 2 == 0]), np.array([5, 6, 7 + i]))
+        assert np.isfinite(other.logits).all()  # waits for the step
+    np.testing.assert_array_equal(np.asarray(decoder._state.lengths), decoder.lengths)
+    np.testing.assert_array_equal(decoder.logits, other.logits)
+
+
 def test_a_step_past_the_capacity_is_refused(tiny):
     decoder = Decoder(tiny, PROMPTS, capacity=20)
     with pytest.raises(ValueError, match="1 of the sequences already hold 20 tokens, the capacity"):
