@@ -69,14 +69,10 @@ INSTRUCTION = re.compile(r"Y?:(\d\d)\s+/\*([0-9a-f]{4,5})\*/\s+((?:@!?U?P\w+\s+)
 
 @dataclasses.dataclass(frozen=True)
 class GPUCall(Call):
-    """`lse`: whether the call asks for it, which may take a kernel more."""
+    """A call that asks for the LSE, which may take a kernel more, only if told to."""
 
     lse: bool = False
     implementation: str | None = "mosaic_gpu"
-
-    def function(self) -> Any:
-        function = super().function()
-        return function if self.lse else lambda *args: function(*args)[0]
 
 
 def topology(target: str) -> Any:

@@ -34,7 +34,7 @@ CALLS = [
     Call(layout="BSH"),
     Call(layout="BSH", block=16, head_dim=64),
     Call(layout="BSH", block=32, head_dim=64, cache="int8"),
-    Call(layout="BSH", block=32, kv_heads=1, cache="int8", lse=False),
+    Call(layout="BSH", block=32, kv_heads=1, cache="int8", capacity=LONG, lse=False),
     Call(layout="BSH", block=16, head_dim=80, capacity=LONG),
     Call(layout="BSH", block=16, head_dim=96, capacity=LONG),
     Call(layout="BSND", head_dim=64, mask=True),

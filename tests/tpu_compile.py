@@ -44,7 +44,7 @@ class Call:
     bias: bool = False
     padding: bool = False
     precise: bool = False
-    lse: bool = True
+    lse: bool = True  # asked for
     implementation: str | None = "mosaic_tpu"
 
     def __str__(self) -> str:
