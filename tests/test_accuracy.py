@@ -29,6 +29,21 @@ def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.nda
     return np.einsum("bnqs,bsnd->bqnd", weights / weights.sum(-1, keepdims=True), v)
 
 
+def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, **kwargs: Any) -> jax.Array:
+    """The operator on BSND arrays, scaled as the libraries scale by themselves."""
+    heads, kv_heads, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    return incre_flash_attention(
+        query,
+        key,
+        value,
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        input_layout="BSND",
+        scale_value=head_dim**-0.5,
+        **kwargs,
+    )
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
 @pytest.mark.parametrize("inner_precise", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,18 +55,8 @@ def test_no_worse_than_jax_nn(dtype: str, inner_precise: int, implementation: st
             rng = np.random.default_rng(seed)
             query = rng.normal(size=(b, 1, n, d)).astype(DTYPES[dtype])
             key, value = (rng.normal(size=(b, s, k, d)).astype(DTYPES[dtype]) for _ in range(2))
-            ours = incre_flash_attention(
-                query,
-                key,
-                value,
-                num_heads=n,
-                num_key_value_heads=k,
-                input_layout="BSND",
-                scale_value=d**-0.5,
-                actual_seq_lengths=lengths,
-                inner_precise=inner_precise,
-                implementation=implementation,
-            )
+            kwargs = dict(actual_seq_lengths=lengths, inner_precise=inner_precise, implementation=implementation)
+            ours = attend(query, key, value, **kwargs)
             with jax.numpy_dtype_promotion("standard"):  # theirs needs it
                 theirs = jax.nn.dot_product_attention(
                     *map(jnp.asarray, (query, key, value)), key_value_seq_lengths=jnp.asarray(lengths)
@@ -101,17 +106,7 @@ def test_long_contexts(int8: bool, implementation: str, theirs: Callable[..., np
         else:
             key, value = (rng.normal(size=(b, s, k, d)).astype(dtype) for _ in range(2))
             meant = [key, value]
-        ours = incre_flash_attention(
-            query,
-            key,
-            value,
-            num_heads=n,
-            num_key_value_heads=k,
-            input_layout="BSND",
-            scale_value=d**-0.5,
-            implementation=implementation,
-            **kwargs,
-        )
+        ours = attend(query, key, value, implementation=implementation, **kwargs)
         truth = exact(query, *meant, np.full(b, s))
         squares += [
             np.mean(np.square(np.asarray(x, np.float64) - truth)) / np.mean(np.square(truth))
