@@ -156,7 +156,7 @@ def _linked(kernel: Kernel, machine: Machine) -> Any:
     texts = [str(tiles.module_of(parts, machine))]
     names = []
     for function in functions:
-        with _little_optimisation():
+        with _only_typed():
             function.compile((types.int64,))
         compiled = function.overloads[(types.int64,)]
         # What Numba does not optimise it marks as not to be optimised by anyone.
@@ -174,19 +174,31 @@ def _linked(kernel: Kernel, machine: Machine) -> Any:
 
 
 @contextlib.contextmanager
-def _little_optimisation() -> Iterator[None]:
-    """Numba optimises a function with all that it calls, again for each caller: here the whole is, once, at the end."""
-    from numba import config
+def _only_typed() -> Iterator[None]:
+    """Meanwhile Numba types functions and writes IR, and leaves the rest to us.
 
-    before = {name: getattr(config, name) for name in ("OPT", "LOOP_VECTORIZE")}
-    settings = {"OPT": type(before["OPT"])(0), "LOOP_VECTORIZE": 0}
-    for name, value in settings.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+    It would optimise a function with all that it calls, again for each caller, and then make machine code that nobody
+    calls: here the whole is optimised once, at the end. The lock keeps other threads' compilations from seeing this.
+    """
+    from numba import config
+    from numba.core import codegen
+    from numba.core.compiler_lock import global_compiler_lock
+
+    optimisation: Any = getattr(config, "OPT")  # noqa: B009 (made at run time)
+    settings: list[tuple[Any, str, Any]] = [(config, "OPT", type(optimisation)(0)), (config, "LOOP_VECTORIZE", 0)]
+    # No public names: to have a module compiled, and to write into it when it is. Without them this only takes longer.
+    steps = ("_add_module", "set_env")
+    if all(hasattr(codegen.JITCPUCodegen, step) for step in steps):
+        settings += [(codegen.JITCPUCodegen, step, lambda *arguments: None) for step in steps]
+    with global_compiler_lock:
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+        for setting in settings:
+            setattr(*setting)
+        try:
+            yield
+        finally:
+            for setting in before:
+                setattr(*setting)
 
 
 def _for_any_platform(text: str) -> str:

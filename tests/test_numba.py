@@ -344,7 +344,8 @@ def test_compiled_code_is_kept_for_the_next_process(tmp_path: pathlib.Path) -> N
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "a file"
     file.touch()
-    in_a_process(RUN + "check()", JAX_IFA_CACHE_DIR=str(file / "below"))
+    code = RUN + "check()\nimport numba\nprint(numba.njit(lambda x: x + 1)(1))"
+    assert in_a_process(code, JAX_IFA_CACHE_DIR=str(file / "below")).strip() == "2"  # nor are others' Numba functions
 
 
 def test_a_damaged_cache_is_no_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
