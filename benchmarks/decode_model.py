@@ -1,11 +1,14 @@
-"""Tokens per second of a whole model, SmolLM2-135M in float32, beside llama.cpp on the same weights and threads.
+"""Tokens per second of a whole model, SmolLM2-135M, beside llama.cpp on the same weights and threads.
 
     python -m benchmarks.decode_model --context 128 1024 4096 8192 --name NAME
 
-Needs llama-cpp-python in the same environment for llama.cpp's rows, and leaves them out without it. For each context,
-every contender holds a prompt almost that long and they take turns decoding. With --fill, our caches hold zeros instead
-of the prompt: what they hold does not matter to the speed, and reading 8192 tokens once per cache takes minutes.
-Results go to results/decode-NAME.json and .md; contexts that are not measured again stay.
+Our model computes in float32, with its weights as the file has them, in blocks of 4 and 8 bits, or dequantised to
+float32, which are the same numbers. llama.cpp computes in float32 with a dequantised file; with the file itself it
+rounds what the weights are multiplied with to 8 bits. Needs llama-cpp-python in the same environment for llama.cpp's
+rows, and leaves them out without it. For each context, every contender holds a prompt almost that long and they take
+turns decoding. With --fill, our caches hold zeros instead of the prompt: what they hold does not matter to the speed,
+and reading 8192 tokens once per cache takes minutes. Results go to results/decode-NAME.json and .md; contexts that are
+not measured again stay.
 """
 
 import argparse
@@ -43,7 +46,7 @@ RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
 TOKENS_PER_TURN = 8
 READING = "prompt read in s, compiling included"
-CACHES = [CacheOptions(), CacheOptions("paged"), CacheOptions(dtype="bfloat16"), CacheOptions(dtype="int8")]
+CACHES = [CacheOptions(), CacheOptions(dtype="bfloat16"), CacheOptions(dtype="int8")]
 Step = Callable[[], object]
 """Decodes one token, and returns when it is there; the work for the next one may go on."""
 
@@ -58,19 +61,24 @@ def main() -> None:
     options = parser.parse_args()
     path = default_model()
     file = GGUFFile(path)
-    model, calibration = load_model(file), calibration_ids(Tokenizer(file.metadata))
+    models = {"weights of the file": load_model(file), "float32 weights": load_model(file, dense=True)}
+    calibration = calibration_ids(Tokenizer(file.metadata))
     ids = np.resize(calibration, max(options.context)).tolist()
     with llama_cpp_weights(path) as exact:
         for context in options.context:
             prompt = ids[: context - (ROUNDS + 1) * (TOKENS_PER_TURN + 1)]
             makers: dict[str, Callable[[], Step]] = {
-                f"jax_ifa, {cache.kind} {cache.dtype} cache": partial(
+                f"jax_ifa, {weights}, {cache.dtype} cache": partial(
                     ours, model, prompt, context, cache, calibration, fill=options.fill
                 )
+                for weights, model in models.items()
                 for cache in CACHES
             }
             if exact is not None:
-                makers["llama.cpp, float32 cache"] = partial(llama_cpp_step, exact, prompt, context, options.threads)
+                for weights, its_file in {"the file, 8-bit activations": path, "float32 weights": exact}.items():
+                    makers[f"llama.cpp, {weights}, float32 cache"] = partial(
+                        llama_cpp_step, its_file, prompt, context, options.threads
+                    )
             rows = measure(makers, len(prompt), context)
             for row in rows if options.fill else []:
                 row[READING] = None if row["contender"].startswith("jax_ifa") else row[READING]
@@ -132,7 +140,7 @@ def llama_cpp_weights(model: Path) -> Iterator[Path | None]:
 
 
 def llama_cpp_step(model: Path, prompt: list[int], context: int, threads: int) -> Step:
-    """A contender of llama.cpp: all float32, no flash attention."""
+    """A contender of llama.cpp: a float32 cache, no flash attention."""
     from benchmarks.llamacpp_reference import open_model
 
     llama = open_model(model, context, threads, logits_all=False)

@@ -18,7 +18,9 @@ launch.py    the foreign call in a JAX program
 And a second, small kernel, for the model around the attention:
 
 product.py   a few vectors times a matrix, in a JAX program
-rows.py      its machine code
+blocks.py    matrices whose weights are codes of a few bits
+weights.py   reading rows of either as float32
+rows.py      the product's machine code
 """
 
 import functools

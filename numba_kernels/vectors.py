@@ -56,8 +56,10 @@ class Vectors:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
 
     def room(self, size: int) -> ir.Value:
-        """The address of so many bytes of the function's own."""
-        return self.builder.ptrtoint(cgutils.alloca_once(self.builder, I8, size), I64)
+        """The address of so many bytes of the function's own, on a cache line of their own."""
+        place = cgutils.alloca_once(self.builder, I8, size)
+        place.align = LINE
+        return self.builder.ptrtoint(place, I64)
 
     def load_first(self, address: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
         """The first `count` elements at an address, and zeros: nothing behind them is read."""

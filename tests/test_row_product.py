@@ -8,9 +8,11 @@ from jax import export
 
 import numba_kernels
 from numba_kernels import build, product
+from numba_kernels.blocks import BLOCK, LAYOUTS, BlockMatrix, take_rows
 from numba_kernels.machine import Machine, describe, this_machine
 from numba_kernels.product import MOST_ROWS, RowProduct, row_product
 
+MANY = 5  # rows from which on a matrix in blocks is converted before it is multiplied
 FOREIGN = "custom_call @jax_ifa_row_product"
 
 
@@ -19,6 +21,23 @@ def inputs(rows: tuple[int, ...], outputs: int, size: int) -> tuple[np.ndarray, 
     rng = np.random.default_rng(outputs)
     x = rng.standard_normal((*rows, size), np.float32)
     return x, rng.standard_normal((outputs, size), np.float32)
+
+
+def in_blocks(outputs: int, size: int, kind: str) -> tuple[BlockMatrix, np.ndarray]:
+    """A random matrix (outputs, size), and its weights (outputs, size) float32 by plain NumPy."""
+    rng = np.random.default_rng(outputs)
+    numbers, scales = LAYOUTS[kind].numbers, rng.standard_normal((outputs, size // BLOCK, 2)).astype(np.float16)
+    codes = rng.integers(0, 256, (outputs, size // BLOCK, LAYOUTS[kind].codes), np.uint8)
+    file = np.concatenate([scales[..., :numbers].view(np.uint8), codes], axis=-1).reshape(outputs, -1)
+    scale, minimum = (scales[..., i : i + 1].astype(np.float32) for i in (0, 1))
+    if kind == "q4_1":
+        weights = np.concatenate([codes & 15, codes >> 4], axis=-1) * scale + minimum
+    else:
+        weights = codes.view(np.int8) * scale
+    return BlockMatrix.from_file(file, kind), weights.astype(np.float32).reshape(outputs, size)
+
+
+KINDS = pytest.mark.parametrize("kind", LAYOUTS)
 
 
 def assert_exact(out: jax.Array, x: np.ndarray, matrix: np.ndarray) -> None:
@@ -40,6 +59,33 @@ def test_values(rows: tuple[int, ...], outputs: int, size: int) -> None:
     assert_exact(row_product(x, matrix), x, matrix)
 
 
+@KINDS
+@pytest.mark.parametrize(
+    ("rows", "outputs", "size"), [((1,), 1, 32), ((), 33, 544), ((2, 2), 65, 576), ((4 * MANY - 1,), 300, 1568)]
+)
+def test_values_in_blocks(kind: str, rows: tuple[int, ...], outputs: int, size: int) -> None:
+    matrix, weights = in_blocks(outputs, size, kind)
+    x, _ = inputs(rows, outputs, size)
+    run = jax.jit(row_product)
+    assert FOREIGN in run.lower(x, matrix).as_text()
+    assert_exact(run(x, matrix), x, weights)
+    assert_exact(row_product(x, matrix), x, weights)
+
+
+@KINDS
+def test_weights_in_blocks_are_the_files_own_bit_by_bit(kind: str) -> None:
+    matrix, weights = in_blocks(9, 96, kind)
+    assert (matrix.shape, matrix.dtype) == (weights.shape, weights.dtype)
+    np.testing.assert_array_equal(jax.jit(BlockMatrix.dense)(matrix), weights)
+    ids = np.array([[8, 0], [3, 3]])
+    np.testing.assert_array_equal(take_rows(matrix, ids), weights[ids])
+    np.testing.assert_array_equal(take_rows(jnp.asarray(weights), ids), weights[ids])
+    one = np.zeros((1, 96), np.float32)
+    for i in (0, 17, 95):  # the kernel's own conversion
+        one[0] = np.arange(96) == i
+        np.testing.assert_array_equal(jax.jit(row_product)(one, matrix)[0], weights[:, i])
+
+
 @pytest.mark.parametrize("lesser", [dict(lanes=8, registers=16), dict(lanes=4)], ids=["8 lanes", "4 lanes"])
 def test_processors_with_narrower_vectors(lesser: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     machine = this_machine()
@@ -47,11 +93,16 @@ def test_processors_with_narrower_vectors(lesser: dict[str, int], monkeypatch: p
     monkeypatch.setattr(product, "this_machine", lambda: Machine(**fields | lesser))
     x, matrix = inputs((2,), 40, 77)
     assert_exact(jax.jit(row_product)(x, matrix), x, matrix)
+    for kind in LAYOUTS:
+        blocks, weights = in_blocks(40, 288, kind)
+        x, _ = inputs((MANY,), 40, 288)
+        assert_exact(jax.jit(row_product)(x, blocks), x, weights)
 
 
-def test_compiles_for_arm() -> None:
+@pytest.mark.parametrize("kind", [None, *LAYOUTS])
+def test_compiles_for_arm(kind: str | None) -> None:
     machine = describe("neoverse-v1", {"neon": True, "fp-armv8": True}, "aarch64")
-    code = build.compile_object(RowProduct(), machine, "aarch64-unknown-linux-gnu")
+    code = build.compile_object(RowProduct(kind), machine, "aarch64-unknown-linux-gnu")
     assert int.from_bytes(code[18:20], "little") == 183  # EM_AARCH64
 
 
@@ -63,6 +114,19 @@ def test_what_is_not_a_number_reaches_its_outputs_and_no_other() -> None:
     assert (np.isnan(out) == expected).all()
     assert expected[1].all()
     assert np.isinf(out[[0, 2], 4]).all()
+
+
+@KINDS
+@pytest.mark.parametrize("rows", [2, MANY])
+def test_with_blocks_what_is_not_a_number_reaches_its_row_and_no_other(kind: str, rows: int) -> None:
+    blocks, weights = in_blocks(6, 64, kind)
+    x, _ = inputs((rows,), 6, 64)
+    x[0, 5], x[1, 63] = np.nan, np.inf
+    out = np.asarray(jax.jit(row_product)(x, blocks))
+    with np.errstate(invalid="ignore"):
+        expected = x @ weights.T
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(out), np.isinf(expected))
 
 
 @pytest.mark.parametrize(
@@ -77,9 +141,15 @@ def test_the_rest_is_for_xla(rows: tuple[int, ...], outputs: int, size: int, dty
 
 
 def test_other_platforms_and_exported_programs_have_no_foreign_call() -> None:
-    traced = jax.jit(row_product).trace(*inputs((1,), 9, 8))
-    assert FOREIGN not in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert FOREIGN not in export.export(jax.jit(row_product))(*inputs((1,), 9, 8)).mlir_module()
+    x, matrix = inputs((1,), 9, 32)
+    blocks, weights = in_blocks(9, 32, "q4_1")
+    for kind in (matrix, blocks):
+        traced = jax.jit(row_product).trace(x, kind)
+        assert FOREIGN not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert FOREIGN not in export.export(jax.jit(row_product))(x, matrix).mlir_module()
+    exported = export.export(jax.jit(lambda x, rows: row_product(x, BlockMatrix(rows, "q4_1"))))(x, blocks.rows)
+    assert FOREIGN not in exported.mlir_module()
+    assert_exact(exported.call(x, blocks.rows), x, weights)
 
 
 def test_vmap() -> None:
@@ -92,6 +162,39 @@ def test_vmap() -> None:
         assert_exact(out, x[i], several[i])
     for i, out in enumerate(jax.vmap(row_product, (None, 0))(x[0], several)):
         assert_exact(out, x[0], several[i])
+
+
+@KINDS
+def test_transforms_with_blocks(kind: str) -> None:
+    matrix, weights = in_blocks(9, 32, kind)
+    x, tangent = inputs((3,), 3, 32)
+    over_rows = jax.jit(jax.vmap(row_product, (0, None)))
+    assert FOREIGN in over_rows.lower(x, matrix).as_text()
+    assert_exact(over_rows(x, matrix), x, weights)
+    several = BlockMatrix(jnp.stack([matrix.rows, matrix.rows[::-1]]), kind)
+    out = jax.vmap(row_product, (None, 0))(x, several)
+    assert_exact(out[0], x, weights)
+    assert_exact(out[1], x, weights[::-1])
+    assert_exact(jax.jvp(lambda x: row_product(x, matrix), (x,), (tangent,))[1], tangent, weights)
+    (back,) = jax.linear_transpose(lambda x: row_product(x, matrix), x)(jnp.ones((3, 9)))
+    np.testing.assert_allclose(back, np.ones((3, 9)) @ weights, rtol=1e-5, atol=1e-5)
+
+
+def test_reverse_mode_through_a_scan() -> None:
+    _, matrix = inputs((2,), 8, 8)
+    blocks, weights = in_blocks(32, 32, "q4_1")
+
+    def of(multiply):  # type: ignore[no-untyped-def]
+        def step(x, _):  # type: ignore[no-untyped-def]
+            return jnp.sin(0.01 * multiply(x)), None
+
+        return lambda x: jnp.sum(jax.lax.scan(step, x, None, length=3)[0])
+
+    for product_of, dense in ((matrix, matrix), (blocks, weights)):
+        start = jnp.ones((2, dense.shape[1]))
+        found = jax.grad(of(lambda x, m=product_of: row_product(x, m)))(start)
+        expected = jax.grad(of(lambda x, m=dense: x @ m.T))(start)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients() -> None:
@@ -133,6 +236,15 @@ def test_what_does_not_fit_is_refused() -> None:
         row_product(x, matrix[0])
     with pytest.raises(TypeError, match="one dtype, got float32 and float16"):
         row_product(x, matrix.astype(np.float16))
+    blocks, _ = in_blocks(9, 32, "q8_0")
+    with pytest.raises(ValueError, match=r"got \(1, 8\) and \(9, 32\)"):
+        row_product(x, blocks)
+    with pytest.raises(TypeError, match="one dtype, got bfloat16 and float32"):
+        row_product(jnp.ones((1, 32), jnp.bfloat16), blocks)
+    with pytest.raises(ValueError, match="blocks of 34 bytes, got \\(9, 33\\) uint8"):
+        BlockMatrix.from_file(np.zeros((9, 33), np.uint8), "q8_0")
+    with pytest.raises(ValueError, match="a kind of block among q4_1, q8_0, got 'q2_k'"):
+        BlockMatrix.from_file(np.zeros((9, 34), np.uint8), "q2_k")
 
 
 def test_without_numba_xla_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ A file may carry things this model does not do (rotary scaling, biases, experts,
 write plausible nonsense, so a `llama.` key or a tensor that is not known here is an error.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from tqdm import tqdm
 
 from llama.model import Llama, LlamaConfig
+from numba_kernels.blocks import LAYOUTS, BlockMatrix
 
 SIZES = {
     "block_count",
@@ -45,7 +47,7 @@ class UnsupportedModelError(ValueError):
 
 
 class GGUFFile:
-    """One open file: `metadata`, and tensors by name, dequantised when asked for."""
+    """One open file: `metadata`, and tensors by name."""
 
     def __init__(self, path: Path):
         if not path.is_file():
@@ -63,12 +65,23 @@ class GGUFFile:
         return {n: tuple(int(s) for s in t.shape[::-1]) for n, t in self._tensors.items()}
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor as float32: (outputs, inputs) for a matrix."""
+        """A tensor as float32."""
         tensor = self._tensors[name]
         try:
             return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise UnsupportedModelError(f"{self.path}: tensor {name}: {error}") from error
+
+    def matrix(self, *names: str) -> Array | BlockMatrix:
+        """Matrices joined along their outputs, in the blocks of the file where these are of one kind that is known.
+
+        Otherwise float32: (outputs, inputs). Either way the weights are the same numbers.
+        """
+        tensors = [self._tensors[name] for name in names]
+        kinds = {tensor.tensor_type.name.lower() for tensor in tensors}
+        if len(kinds) == 1 and kinds <= LAYOUTS.keys():
+            return BlockMatrix.from_file(np.concatenate([tensor.data for tensor in tensors]), kinds.pop())
+        return jnp.asarray(np.concatenate([self.tensor(name) for name in names]))
 
 
 class Metadata(dict[str, Any]):
@@ -172,10 +185,16 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_model(file: GGUFFile, progress: bool = False) -> Llama:
-    """The model of a file, its weights float32 on the default device.
+def load_model(file: GGUFFile, *, progress: bool = False, dense: bool = False) -> Llama:
+    """The model of a file, its weights on the default device.
 
     Matrices that read the same input are joined (q, k, v; gate, up), so that a step streams each once.
+
+    Args:
+      file: an open one.
+      progress: show a bar.
+      dense: have all matrices as float32, also those that the file holds in blocks: the same numbers, in up to seven
+        times as many bytes.
     """
     config = read_config(file)
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
@@ -183,25 +202,30 @@ def load_model(file: GGUFFile, progress: bool = False) -> Llama:
     frequencies = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if "rope_freqs.weight" in file.shapes():
         frequencies = frequencies / file.tensor("rope_freqs.weight")
+
+    def matrix(*names: str) -> dict[str, Any]:
+        joined = file.matrix(*(f"{name}.weight" for name in names))
+        return {"weight": joined.dense() if dense and isinstance(joined, BlockMatrix) else joined}
+
     layers = tqdm(range(config.num_layers), "loading weights", disable=not progress, leave=False)
     head = {"norm": scale(file, "output_norm")}
     if not config.tied_embeddings:
-        head["output"] = matrix(file, ["output"])
+        head["output"] = matrix("output")
     weights = {
-        "embedding": {"embedding": jnp.asarray(file.tensor("token_embd.weight"))},
+        "embedding": matrix("token_embd"),
         "rotary": {"frequencies": jnp.asarray(frequencies, jnp.float32)},
-        "blocks": {layer: load_block(file, f"blk.{layer}.") for layer in layers},
+        "blocks": {layer: load_block(file, f"blk.{layer}.", matrix) for layer in layers},
         "head": head,
     }
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graphdef, state)
 
 
-def load_block(file: GGUFFile, prefix: str) -> dict[str, Any]:
-    """The weights of one block, nested as its modules are."""
+def load_block(file: GGUFFile, prefix: str, matrix: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The weights of one block, nested as its modules are; `matrix` gives those of one Linear, by names."""
 
     def joined(*names: str) -> dict[str, Any]:
-        return matrix(file, [prefix + name for name in names])
+        return matrix(*(prefix + name for name in names))
 
     return {
         "attention_norm": scale(file, prefix + "attn_norm"),
@@ -209,11 +233,6 @@ def load_block(file: GGUFFile, prefix: str) -> dict[str, Any]:
         "feed_forward_norm": scale(file, prefix + "ffn_norm"),
         "feed_forward": {"gate_up": joined("ffn_gate", "ffn_up"), "down": joined("ffn_down")},
     }
-
-
-def matrix(file: GGUFFile, names: Iterable[str]) -> dict[str, Any]:
-    """Matrices joined along their outputs, as the weight of one Linear."""
-    return {"weight": jnp.asarray(np.concatenate([file.tensor(f"{name}.weight") for name in names]))}
 
 
 def scale(file: GGUFFile, name: str) -> dict[str, Any]:

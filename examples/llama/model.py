@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from numba_kernels.blocks import take_rows
 from numba_kernels.product import row_product
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -42,7 +43,7 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.embedding = Embedding(config, rngs=rngs)
         self.rotary = Rotary(config)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.head = Head(config, rngs=rngs)
@@ -56,6 +57,22 @@ class Llama(nnx.Module):
             x, keep = block(x, rotation, attend)
             kept.append(keep)
         return self.head(x, self.embedding), kept
+
+
+class Embedding(nnx.Module):
+    """A row of a matrix (vocab_size, hidden_size) for each token."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        start = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+        self.weight = nnx.Param(start(rngs.params(), (config.vocab_size, config.hidden_size)))
+
+    def __call__(self, tokens: Array) -> Array:
+        """(B, T, hidden_size) of tokens (B, T)."""
+        return take_rows(self.weight.get_value(), tokens)
+
+    def logits(self, x: Array) -> Array:
+        """(B, T, vocab_size) of x (B, T, hidden_size)."""
+        return row_product(x, self.weight.get_value())
 
 
 class Rotary(nnx.Module):
@@ -120,14 +137,14 @@ class FeedForward(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix (outputs, inputs), as in GGUF files; Llama models have no biases."""
+    """A matrix (outputs, inputs), as in GGUF files: float32, or a `BlockMatrix`; Llama models have no biases."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(nnx.initializers.lecun_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, inputs)))
 
     def __call__(self, x: Array) -> Array:
         """(..., outputs) of x (..., inputs)."""
-        return row_product(x, self.weight[...])
+        return row_product(x, self.weight.get_value())
 
 
 class Head(nnx.Module):
@@ -138,10 +155,10 @@ class Head(nnx.Module):
         tied = config.tied_embeddings
         self.output = None if tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
-    def __call__(self, x: Array, embedding: nnx.Embed) -> Array:
+    def __call__(self, x: Array, embedding: Embedding) -> Array:
         """Logits (B, T, vocab_size) of x (B, T, hidden_size)."""
         x = self.norm(x)
-        return row_product(x, embedding.embedding[...]) if self.output is None else self.output(x)
+        return embedding.logits(x) if self.output is None else self.output(x)
 
 
 def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
