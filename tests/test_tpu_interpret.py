@@ -75,6 +75,14 @@ def test_against_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
+@pytest.mark.parametrize("layout", ["BSH", "BNSD"])
+def test_int8_is_multiplied_as_bfloat16(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lanes keys are transposed for it, in columns values."""
+    small_tiles(monkeypatch, int8_products=False)
+    args, kwargs = Case(**COMMON | dict(batch=2), layout=layout, int8=True, offset=True, dtype="bfloat16").inputs()
+    assert_close(*interpret(args, kwargs), args, kwargs)
+
+
 @pytest.mark.parametrize("many_copies", [False, True])
 @pytest.mark.parametrize(
     "case",

@@ -52,8 +52,24 @@ def test_the_largest_products_stay_inside_int32(key: int, digit: int) -> None:
 
 @pytest.mark.parametrize(
     "sharpness, int8_products, return_lse",
-    [(0.02, True, True), (8.0, True, True), (0.02, True, False), (8.0, True, False), (8.0, False, True)],
-    ids=["flat, digits", "peaked, digits", "flat, two digits", "peaked, two digits", "peaked, terms"],
+    [
+        (0.02, True, True),
+        (8.0, True, True),
+        (0.02, True, False),
+        (8.0, True, False),
+        (8.0, False, True),
+        (0.02, False, False),
+        (8.0, False, False),
+    ],
+    ids=[
+        "flat, digits",
+        "peaked, digits",
+        "flat, two digits",
+        "peaked, two digits",
+        "peaked, terms",
+        "flat, two terms",
+        "peaked, two terms",
+    ],
 )
 def test_int8_error_is_no_worse_than_of_16_bit_attention(
     sharpness: float, int8_products: bool, return_lse: bool, monkeypatch: pytest.MonkeyPatch

@@ -440,7 +440,8 @@ def _accumulate(
             pieces = []
             for cut, place in enumerate(places):
                 these = slice(cut * each * plan.chunk, (cut + 1) * each * plan.chunk)
-                value = _for_terms(_load(r.value_tile, plan, place, group))
+                value = _load(r.value_tile, plan, place, group)
+                value, transposed = _for_terms(plan, value, transposed=plan.form == "columns")
                 if by_weight:
                     used = jnp.max(weights[rows, these], axis=0, keepdims=True) > 0.0  # (1, positions)
                     value = _select(value, used if plan.form == "columns" else _as_column(used))
@@ -451,7 +452,7 @@ def _accumulate(
                 if plan.apart and plan.interleaved > 1:
                     pieces.append(_products_apart(plan, weight, value, begin + cut * each * plan.chunk))
                 else:
-                    pieces.append(_product(weight, value, plan.weight_terms, transposed=plan.form == "columns"))
+                    pieces.append(_product(weight, value, plan.weight_terms, transposed=transposed))
                 passed(VALUES_SHARE / steps)
             products.append(functools.reduce(jnp.add, pieces))
         accumulated = accumulated * decay[:, :1]
@@ -486,22 +487,29 @@ def _load(tiles: Any, plan: Plan, place: Place, group: int) -> Array:
     return tile
 
 
-def _for_terms(tile: Array) -> Array:
-    """Keys or values in a dtype that terms of float32 numbers have; bfloat16 holds every int8."""
-    return tile.astype(jnp.bfloat16) if tile.dtype == jnp.int8 else tile
+def _for_terms(plan: Plan, tile: Array, *, transposed: bool) -> tuple[Array, bool]:
+    """Keys or values in a dtype that terms of float32 numbers have, and whether they are still to be transposed.
+
+    bfloat16 holds every int8.
+    """
+    if tile.dtype != jnp.int8:
+        return tile, transposed
+    if transposed and plan.tuning.turns_int8:
+        return tile.T.astype(jnp.bfloat16), False
+    return tile.astype(jnp.bfloat16), transposed
 
 
 def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
     """q . k for one group of heads: (rows, size) float32, unscaled."""
     key = _load(r.key_tile, plan, place, group)
-    rows_are_positions = plan.form != "columns"
+    transposed = plan.form != "columns"
     if plan.digits:
-        products = _dot(r.packed_query[group], key, transposed=rows_are_positions)
+        products = _dot(r.packed_query[group], key, transposed=transposed)
         return from_digits([products[i * plan.rows : (i + 1) * plan.rows] for i in range(plan.digits)])
-    key = _for_terms(key)
+    key, transposed = _for_terms(plan, key, transposed=transposed)
     query = r.packed_query[group].astype(key.dtype)
     if not plan.apart or plan.packed == 1:
-        return _product(query, key, plan.query_terms, transposed=rows_are_positions)
+        return _product(query, key, plan.query_terms, transposed=transposed)
 
     def of_head(j: int, size: int, shape: tuple[int, int]) -> Array:
         index = lax.broadcasted_iota(jnp.int32, shape, 0 if shape[1] == 1 else 1)
@@ -509,8 +517,8 @@ def _scores(r: Refs, plan: Plan, place: Place, group: int) -> Array:
 
     scores = jnp.zeros((plan.rows, 1), jnp.float32)
     for j in range(plan.packed):
-        mine = of_head(j, plan.head_dim, (1, plan.width) if rows_are_positions else (plan.width, 1))
-        alone = _product(query, _select(key, mine), plan.query_terms, transposed=rows_are_positions)
+        mine = of_head(j, plan.head_dim, (1, plan.width) if transposed else (plan.width, 1))
+        alone = _product(query, _select(key, mine), plan.query_terms, transposed=transposed)
         scores = jnp.where(of_head(j, plan.group, (plan.rows, 1)), alone, scores)
     return scores
 

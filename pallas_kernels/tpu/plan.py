@@ -159,7 +159,7 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
         edge_chunks=next(d for d in _divisors(units) if 4 * d >= units) * (unit // chunk),
         stages=stages,
         cuts=max(d for d in _divisors(units // stages) if d * stages <= places),
-        query_terms=3 if operands.query.dtype == jnp.float32 and not wide else 1,
+        query_terms=_query_parts(operands) if operands.query.dtype == jnp.float32 and not wide else 1,
         weight_terms=1 if wide else 3 if operands.precise else 2,
         digits=_digits(operands, tuning),
         row_groups=dtype.itemsize == 2 and (head_dim if memory == "columns" else kv.page_size) % SUBLANES == 0,
@@ -171,12 +171,20 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
     )
 
 
+def _query_parts(operands: Operands) -> int:
+    """Terms or digits of a float32 query: for all its bits, or for 16 where that is all that is kept of the output.
+
+    The LSE would show more.
+    """
+    return 2 if operands.keeps_16_bits and not operands.precise else 3
+
+
 def _digits(operands: Operands, tuning: Tuning) -> int:
-    """Of the query; see `Plan`. Two hold 16 bits of its largest number, of which the LSE would show more."""
+    """See `Plan`."""
     key = operands.kv.key
     if key.dtype != jnp.int8 or operands.precise or not tuning.int8_products or key.shape[-1] > MOST_PRODUCTS:
         return 0
-    return 2 if operands.keeps_16_bits else 3
+    return _query_parts(operands)
 
 
 def _divisors(n: int) -> list[int]:

@@ -17,6 +17,8 @@ class Tuning:
       tile_bytes: keys and values of one tile. Latencies cost the same for any tile: bigger is better until VMEM ends.
       vmem_limit_bytes: what the kernel may allocate in VMEM, with room left for the compiler.
       int8_products: whether the matrix unit multiplies int8 by int8.
+      turns_int8: whether int8 that is multiplied as bfloat16 and has to be transposed for it (keys; in columns values)
+        is transposed first. By libtpu's schedules that is faster on tpu7x, and slower on v5e and v6e.
     """
 
     cores: int
@@ -25,6 +27,7 @@ class Tuning:
     tile_bytes: int
     vmem_limit_bytes: int
     int8_products: bool
+    turns_int8: bool
 
 
 @functools.cache
