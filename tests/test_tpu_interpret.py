@@ -16,6 +16,7 @@ from test_grid import grid
 from tpu_interpreter import interpret, small_tiles, tiles_in_stages
 
 from jax_ifa import incre_flash_attention
+from pallas_kernels.tpu import plan
 
 
 def for_tpu(case: Case) -> Case | None:
@@ -75,11 +76,13 @@ def test_against_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
-@pytest.mark.parametrize("layout", ["BSH", "BNSD"])
-def test_int8_is_multiplied_as_bfloat16(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In lanes keys are transposed for it, in columns values."""
-    small_tiles(monkeypatch, int8_products=False)
-    args, kwargs = Case(**COMMON | dict(batch=2), layout=layout, int8=True, offset=True, dtype="bfloat16").inputs()
+@pytest.mark.parametrize("layout, block", [("BSH", 32), ("BNSD", 0)])
+def test_int8_is_multiplied_as_bfloat16(layout: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lanes keys are transposed for it, in columns values. A tile of pages is multiplied in cuts."""
+    small_tiles(monkeypatch, tile_bytes=1 << 17, int8_products=False)
+    monkeypatch.setattr(plan, "MANY_COPIES_TURNED", 2)
+    shape = COMMON | dict(batch=2, layout=layout, block=block, lengths=(690, 130))
+    args, kwargs = Case(**shape, int8=True, offset=True, dtype="bfloat16").inputs()
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 

@@ -15,6 +15,7 @@ MAX_CHUNK = 512
 MAX_TILE = 16384
 MAX_ITEM_ROWS = 512
 MANY_COPIES = 512  # of keys, and as many of values, whose starting takes longer than the arithmetic of a tile
+MANY_COPIES_TURNED = 256  # where int8 is transposed first, and arithmetic leaves less room in one place
 MAX_CUTS = 32  # of all stages
 
 
@@ -141,7 +142,9 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
     wide = dtype == jnp.float32
     units = tile // unit
     stages = 2 if units % 2 == 0 else 1
-    places = MAX_CUTS if tile // chunk >= MANY_COPIES else stages
+    digits = _digits(operands, tuning)
+    turned = dtype == jnp.int8 and not digits and tuning.turns_int8
+    places = MAX_CUTS if tile // chunk >= (MANY_COPIES_TURNED if turned else MANY_COPIES) else stages
     return Plan(
         form=memory,
         batch=operands.batch,
@@ -161,7 +164,7 @@ def make_plan(operands: Operands, tuning: Tuning, interleaved: int = 1) -> Plan:
         cuts=max(d for d in _divisors(units // stages) if d * stages <= places),
         query_terms=_query_parts(operands) if operands.query.dtype == jnp.float32 and not wide else 1,
         weight_terms=1 if wide else 3 if operands.precise else 2,
-        digits=_digits(operands, tuning),
+        digits=digits,
         row_groups=dtype.itemsize == 2 and (head_dim if memory == "columns" else kv.page_size) % SUBLANES == 0,
         splits=tuning.cores if operands.batch % tuning.cores else 1,
         masked=operands.mask is not None,
