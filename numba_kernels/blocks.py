@@ -60,9 +60,7 @@ class BlockMatrix:
             raise ValueError(f"expected a kind of block among {', '.join(LAYOUTS)}, got {kind!r}")
         layout = LAYOUTS[kind]
         if rows.ndim != 2 or rows.dtype != np.uint8 or rows.shape[1] % layout.size:
-            raise ValueError(
-                f"expected (outputs, bytes) uint8 in blocks of {layout.size} bytes, got {rows.shape} {rows.dtype}"
-            )
+            raise ValueError(_expected(rows, layout))
         blocks = rows.reshape(len(rows), rows.shape[1] // layout.size, layout.size)
         numbers = 2 * layout.numbers
         parts = [blocks[..., numbers:], *(blocks[..., i : i + 2] for i in range(0, numbers, 2))]
@@ -70,8 +68,11 @@ class BlockMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(outputs, inputs)."""
-        return *self.rows.shape[:-1], self.rows.shape[-1] // LAYOUTS[self.kind].size * BLOCK
+        """(outputs, inputs); ValueError if the rows are not whole blocks."""
+        *outer, size = self.rows.shape
+        if self.rows.dtype != jnp.uint8 or size % LAYOUTS[self.kind].size:
+            raise ValueError(_expected(self.rows, LAYOUTS[self.kind]))
+        return *outer, size // LAYOUTS[self.kind].size * BLOCK
 
     @property
     def dtype(self) -> np.dtype:
@@ -81,8 +82,8 @@ class BlockMatrix:
     def dense(self) -> Array:
         """The weights: (outputs, inputs) float32, exactly."""
         layout = LAYOUTS[self.kind]
-        *outer, size = self.rows.shape
-        blocks = size // layout.size
+        *outer, inputs = self.shape
+        blocks = inputs // BLOCK
         codes, *numbers = jnp.split(
             self.rows, [blocks * (layout.codes + 2 * i) for i in range(layout.numbers)], axis=-1
         )
@@ -99,8 +100,12 @@ class BlockMatrix:
         return weights.reshape(*outer, blocks * BLOCK)
 
 
+def _expected(rows: Array | np.ndarray, layout: Layout) -> str:
+    return f"expected (outputs, bytes) uint8 in blocks of {layout.size} bytes, got {rows.shape} {rows.dtype}"
+
+
 def take_rows(matrix: Array | BlockMatrix, ids: Array) -> Array:
-    """Rows of a matrix (outputs, inputs), by integer ids (...) from 0 to outputs - 1: (..., inputs), its dtype."""
-    if isinstance(matrix, BlockMatrix):
+    """Rows of a matrix (outputs, inputs), by integer ids (...): (..., inputs), its dtype; NaN where there is none."""
+    if isinstance(matrix, BlockMatrix):  # bytes of 255 are what `take` puts where there is no row: float16 NaN
         return BlockMatrix(jnp.take(matrix.rows, ids, axis=0), matrix.kind).dense()
     return jnp.take(matrix, ids, axis=0)

@@ -38,7 +38,7 @@ FEW = (Meeting(4, 1, 2), Meeting(2, 1, 2), Meeting(1, 1, 2))  # with one row at 
 MANY = (Meeting(8, 2, 1), Meeting(4, 2, 1), Meeting(2, 2, 2), Meeting(1, 2, 2))
 FROM = 5  # rows of x that are many
 SLAB = 768  # inputs that they meet at a time: what of eight rows of x stays in the first-level cache
-PIECE = 1 << 18  # bytes of the matrix, as float32, that many rows of x meet one group after another
+PIECE = 1 << 19  # bytes of the matrix, as float32, that many rows of x meet one group after another
 LEAST_WEIGHTS = 1 << 17  # of a range: where one begins, the memory's own fetching ahead has to begin anew
 RANGES_PER_THREAD = 8  # at most
 X, MATRIX, OUT, BATCH, OUTPUTS, INPUTS, STRIDE, LENGTH, WORDS = range(OWN, OWN + 9)  # of the shared block
@@ -48,7 +48,7 @@ def make(machine: Machine, kind: str | None) -> tuple[dict[str, Tile], tuple[Any
     """The tiles, and two Numba functions: of a call frame's address, and of a shared block's; see `build.Kernel`."""
     tiles = [
         Tile("dot_few", 10, _dot_rows(READERS[kind], FEW)),
-        Tile("dot_many", 10, _dot_rows(READERS[None], MANY)),
+        Tile("dot_many", 10, _dot_rows(READERS[None], MANY if machine.registers >= 32 else MANY[1:])),
         Tile("expand", 5, _expand(READERS[kind])),
     ]
     dot_few, dot_many, expand = (tile.external for tile in tiles)
@@ -61,7 +61,7 @@ def make(machine: Machine, kind: str | None) -> tuple[dict[str, Tile], tuple[Any
         x, out, batch = word(block, X), word(block, OUT) + 4 * first, word(block, BATCH)
         outputs, inputs, stride = word(block, OUTPUTS), word(block, INPUTS), word(block, STRIDE)
         matrix = word(block, MATRIX) + stride * first
-        piece = min(max(1, PIECE // (4 * min(inputs, SLAB))), end - first)
+        piece = min(max(1, PIECE // (4 * inputs)), end - first)
         room = allocate(4 * inputs * piece) if in_blocks and batch >= FROM else 0
         if batch < FROM or (in_blocks and room == 0):
             dot_few(x, matrix, out, end - first, batch, outputs, inputs, stride, 0, inputs)

@@ -80,6 +80,8 @@ def test_weights_in_blocks_are_the_files_own_bit_by_bit(kind: str) -> None:
     ids = np.array([[8, 0], [3, 3]])
     np.testing.assert_array_equal(take_rows(matrix, ids), weights[ids])
     np.testing.assert_array_equal(take_rows(jnp.asarray(weights), ids), weights[ids])
+    for source in (matrix, jnp.asarray(weights)):
+        assert np.isnan(take_rows(source, np.array([9, 2]))[0]).all()
     one = np.zeros((1, 96), np.float32)
     for i in (0, 17, 95):  # the kernel's own conversion
         one[0] = np.arange(96) == i
@@ -243,6 +245,8 @@ def test_what_does_not_fit_is_refused() -> None:
         row_product(jnp.ones((1, 32), jnp.bfloat16), blocks)
     with pytest.raises(ValueError, match="blocks of 34 bytes, got \\(9, 33\\) uint8"):
         BlockMatrix.from_file(np.zeros((9, 33), np.uint8), "q8_0")
+    with pytest.raises(ValueError, match="blocks of 34 bytes, got \\(9, 35\\) uint8"):
+        row_product(jnp.ones((1, 32)), BlockMatrix(jnp.zeros((9, 35), jnp.uint8), "q8_0"))
     with pytest.raises(ValueError, match="a kind of block among q4_1, q8_0, got 'q2_k'"):
         BlockMatrix.from_file(np.zeros((9, 34), np.uint8), "q2_k")
 

@@ -12,6 +12,8 @@ from llama.tokenizer import Tokenizer
 from llamacpp_data import read_json, read_references
 from tiny_gguf import write_tiny_gguf
 
+from numba_kernels.blocks import BlockMatrix
+
 TOLERANCE = 1e-3  # both sides sum float32 products, in different orders; the logits reach 30
 NEW_TOKENS = 64
 
@@ -61,6 +63,26 @@ def test_a_model_with_its_own_output_matrix_head_width_and_frequencies(tiny, kin
     token_ids, logits = run(load_model(tiny), [reference.prompt_ids], CacheOptions(kind), 16, capacity=64)
     assert reference.difference(logits[0], stride=1) <= 1e-4  # the logits reach 20
     assert token_ids[0] == reference.token_ids.tolist()
+
+
+def test_a_model_in_blocks_is_that_of_its_float32_weights(tmp_path):
+    """Blocks of both kinds, of a kind that is dequantised, and matrices that are joined of two kinds."""
+    kinds = {f"blk.0.attn_{name}.weight": "Q4_1" for name in ("q", "k", "v", "output")}
+    kinds |= {"blk.1.attn_q.weight": "Q4_1", "blk.1.attn_k.weight": "Q8_0", "blk.0.ffn_gate.weight": "Q5_0"}
+    kinds |= {"token_embd.weight": "Q4_1", "output.weight": "Q8_0"}
+    file = GGUFFile(write_tiny_gguf(tmp_path / "blocks.gguf", quantise=kinds))
+    model, dense = load_model(file), load_model(file, dense=True)
+    assert isinstance(model.blocks[0].attention.qkv.weight.get_value(), BlockMatrix)
+    assert isinstance(model.head.output.weight.get_value(), BlockMatrix)
+    assert not isinstance(model.blocks[1].attention.qkv.weight.get_value(), BlockMatrix)
+    for held, name in ((dense.embedding, "token_embd"), (dense.head.output, "output")):
+        np.testing.assert_array_equal(held.weight.get_value(), file.tensor(f"{name}.weight"))
+    prompt = list(range(10, 50))
+    (ids, logits), (dense_ids, dense_logits) = (
+        run(each, [prompt], CacheOptions(), 4, capacity=64) for each in (model, dense)
+    )
+    assert ids == dense_ids
+    np.testing.assert_allclose(logits[0], dense_logits[0], atol=1e-4)
 
 
 def test_the_tiny_models_text_is_the_references(tiny):

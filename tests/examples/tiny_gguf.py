@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from tokenizers.pre_tokenizers import ByteLevel
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FEED_FORWARD, LAYERS = 4, 2, 16, 32, 48, 2
@@ -106,8 +106,12 @@ def write_tiny_gguf(
     architecture: str = "llama",
     change_metadata: Mapping[str, Any] = {},
     change_tensors: Mapping[str, np.ndarray | None] = {},
+    quantise: Mapping[str, str] = {},
 ) -> Path:
-    """Write the file; the changes replace or add entries, and None leaves an entry out."""
+    """Write the file; the changes replace or add entries, and None leaves an entry out.
+
+    `quantise` gives the kinds of blocks ("Q4_1", "Q8_0", ...) of tensors that have some.
+    """
     fields = {k: v for k, v in (metadata() | dict(change_metadata)).items() if v is not None}
     weights = tensors(len(metadata()["tokenizer.ggml.tokens"])) | dict(change_tensors)
     writer = GGUFWriter(path, architecture)
@@ -124,7 +128,10 @@ def write_tiny_gguf(
             case _:
                 writer.add_array(key, value)
     for name, array in weights.items():
-        if array is not None:
+        if name in quantise:
+            kind = GGMLQuantizationType[quantise[name]]
+            writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
+        elif array is not None:
             writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
