@@ -7,10 +7,15 @@ from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS
 from numba_kernels.machine import Machine
 from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, up, word
 from numba_kernels.records import record_of
+from numba_kernels.tiles import SERIES, Place
 
 # The order of the operands and results of the foreign call; an absent one is an array without elements.
 QUERY, SCALE, KEY, VALUE, TABLE, VALUE_TABLE, START, STOP, MASK, BIAS = range(10)
 OUT, LSE = range(2)
+PLACE_BYTES = WORD * len(Place._fields)
+# Bytes of the rows of a tile that are read together: those of keys and values, of this tile and the next, are to have
+# room in a second-level cache.
+UNIT_TILE = 1 << 17
 BFLOAT16, FLOAT16 = 16, 10  # XLA's numbers of element types
 
 
@@ -53,8 +58,8 @@ CALL_BYTES = WORD * len(Call._fields)
 
 
 @native
-def read_call(frame, itemsize, address):  # type: ignore[no-untyped-def]
-    """The `Call` of a frame, for a cache of so many bytes an element; kept at an address."""
+def read_call(frame, itemsize, tile, address):  # type: ignore[no-untyped-def]
+    """The `Call` of a frame, for a cache of so many bytes an element, read in tiles; kept at an address."""
     arguments, results = word(frame, ARGUMENTS), word(frame, RESULTS)
     query, key, value = word(arguments, QUERY), word(arguments, KEY), word(arguments, VALUE)
     table, value_table = word(arguments, TABLE), word(arguments, VALUE_TABLE)
@@ -69,6 +74,8 @@ def read_call(frame, itemsize, address):  # type: ignore[no-untyped-def]
         head_stride, row_stride, unit_heads = page_size * row, row, 1
     else:
         head_stride, row_stride, unit_heads = row, heads * row, heads
+        while unit_heads % 2 == 0 and unit_heads * row * tile > UNIT_TILE:
+            unit_heads //= 2
     has_table = word(word(table, DIMS), 0) > 0
     has_value_table = word(word(value_table, DIMS), 0) > 0
     has_mask, has_bias = word(word(mask, DIMS), 0) > 0, word(word(bias, DIMS), 0) > 0
@@ -145,8 +152,9 @@ class Scratch(NamedTuple):
     weights: int  # (G, digits, T / pack) lanes
     factors: int  # (4, G) float32: see `weigh` in tiles.py
     state: int  # (unit_heads, head_state) bytes
-    rows: int  # (2, 2, T) addresses of keys and values, of this step and the next
-    zeros: int  # a row of the cache that is all 0
+    places: int  # (2) `Place`: where the fetching of keys and values stands
+    rows: int  # (2, 2, T and a line) addresses of keys and values of this tile and the next, of a unit's first head
+    zeros: int  # a row of the cache that is all 0, of all heads of a unit
     size: int  # bytes in all
 
 
@@ -173,10 +181,11 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         weights = up(scores + 4 * call.group * tile, line)
         factors = up(weights + 4 * call.group * weight_digits * (tile // pack), line)
         state = up(factors + 16 * up(call.group, lanes), line)
-        rows = up(state + call.unit_heads * head_state(call, lanes, pack), line)
-        zeros = up(rows + WORD * 4 * tile, line)
-        end = up(zeros + up(itemsize * call.head_dim, 16), line)
-        return plain, query, initial, weight, scores, weights, factors, state, rows, zeros, end - base
+        places = up(state + call.unit_heads * head_state(call, lanes, pack), line)
+        rows = up(places + 2 * PLACE_BYTES, line)
+        zeros = up(rows + WORD * 4 * (tile + SERIES), line)
+        end = up(zeros + call.unit_heads * itemsize * call.head_dim, line)
+        return plain, query, initial, weight, scores, weights, factors, state, places, rows, zeros, end - base
 
     @native
     def size_for(call):  # type: ignore[no-untyped-def]

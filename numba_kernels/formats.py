@@ -68,4 +68,4 @@ def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False)
     if dtype == "int8" and machine.int8_dot:
         digits = 2 if narrow else 3
         return Format(f"int8_quads{'_narrow' if narrow else ''}", dtype, 4, digits, digits, 64)
-    return Format(dtype, dtype, 1, 1, 1, 64)
+    return Format(dtype, dtype, 1, 1, 1, 32 if dtype == "float32" else 64)

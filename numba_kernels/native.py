@@ -61,15 +61,7 @@ def _storer(value_type: types.Type, narrow: Callable[[ir.IRBuilder, ir.Value], i
 
 
 store_int64 = _storer(types.int64, lambda builder, x: x)
-store_int32 = _storer(types.int64, lambda builder, x: builder.trunc(x, ir.IntType(32)))
-store_byte = _storer(types.int64, lambda builder, x: builder.trunc(x, ir.IntType(8)))
 store_float32 = _storer(types.float32, lambda builder, x: x)
-store_bfloat16_bits = _storer(  # of a float32 that is one already
-    types.float32,
-    lambda builder, x: builder.trunc(
-        builder.lshr(builder.bitcast(x, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), ir.IntType(16)
-    ),
-)
 
 
 @intrinsic

@@ -37,7 +37,7 @@ CALL, LENGTH, WORDS = OWN, OWN + 1, 40  # of the shared block
 
 def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
     """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the task."""
-    stream = make_stream(form, machine, tiles)
+    stream, divide = make_stream(form, machine, tiles), tiles["divide"].external
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
     scratch_size, lay_out = scratch_of(form, machine)
 
@@ -60,10 +60,8 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             source, top, total = parts_of(call, state, i)
             row = (b * call.heads + first_head) * call.group + i
             sum_ = load_float32(total)
-            inverse = F(1) / sum_ if sum_ != F(0) else F(0)
             store_float32(call.lse + 4 * row, load_float32(top) + np.log(sum_) if sum_ != F(0) else MINUS_INFINITY)
-            for d in range(call.head_dim):
-                store_float32(call.out + 4 * (row * call.head_dim + d), load_float32(source + 4 * d) * inverse)
+            divide(source, total, call.out + 4 * row * call.head_dim, call.head_dim)
 
     @native
     def merge(call, state, part):  # type: ignore[no-untyped-def]
@@ -100,7 +98,8 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             for unit in range(units):
                 from_, to = max(low, offset), min(high, offset + size)
                 if from_ < to:
-                    stream(call, s, b, unit, start + from_ - offset, start + to - offset)
+                    next_b, next_unit = (b, unit + 1) if unit + 1 < units else (b + 1, 0)
+                    stream(call, s, b, unit, start + from_ - offset, start + to - offset, next_b, next_unit)
                     if to - from_ == size:
                         finish(call, b, unit * call.unit_heads, s.state)
                     else:
@@ -164,7 +163,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         record = allocate(CALL_BYTES)
         if record == 0:
             return 1
-        call = read_call(frame, itemsize, record)
+        call = read_call(frame, itemsize, tile, record)
         total = 0
         for b in range(call.batch):
             start, stop = window(call, b)

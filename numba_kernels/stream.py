@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
-from numba_kernels.call import Call, bias_at, head_state
+from numba_kernels.call import PLACE_BYTES, bias_at, head_state, window
 from numba_kernels.formats import Format
+from numba_kernels.frame import WORD
 from numba_kernels.machine import Machine
 from numba_kernels.native import (
     fetch,
@@ -17,56 +18,51 @@ from numba_kernels.native import (
     load_float32,
     load_int32,
     native,
-    store_bfloat16_bits,
-    store_byte,
     store_float32,
-    store_int32,
     store_int64,
     up,
     word,
 )
-from numba_kernels.tiles import Tile, query_parts
+from numba_kernels.records import record_of
+from numba_kernels.tiles import SERIES, Place, Tile, query_parts
 from numba_kernels.vectors import EXP_UNDERFLOWS
 
+_, put_place = record_of(Place)
 F = np.float32
 MINUS_INFINITY = F(-np.inf)
 MASKED = F(MASK_VALUE)
 MEMORY_PAGE = 4096  # bytes, at least
-# By the number of digits, with a highest digit of 127. Of three, what is left of a float32 query is below its own last
-# place.
-LARGEST_QUERY = {2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
-
-
-@native
-def set_rows(call: Call, pages, num_pages, table, b, head, first, count, room, zeros, rows):  # type: ignore[no-untyped-def]
-    """Addresses of `count` positions of a head from `first` on, in `rows`; then the zeros, to fill `room` entries."""
-    done = 0
-    while done < count:
-        t = first + done
-        page = b
-        if table != 0:
-            page = load_int32(table + 4 * (b * call.pages + t // call.page_size))
-            page = min(max(page, 0), num_pages - 1)
-        inside = t % call.page_size
-        here = min(count - done, call.page_size - inside)
-        address = pages + page * call.page_stride + head * call.head_stride + inside * call.row_stride
-        # The first access to a page of memory waits for its translation: all of a tile are asked for at once.
-        for offset in range(0, here * call.row_stride, MEMORY_PAGE):
-            fetch(address + offset)  # type: ignore[call-arg]
-        for i in range(here):
-            store_int64(rows + 8 * (done + i), address + i * call.row_stride)
-        done += here
-    for i in range(count, room):
-        store_int64(rows + 8 * i, zeros)
 
 
 def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
-    """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last)`."""
+    """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last, next_b, next_unit)`."""
     lanes, pack, tile = machine.lanes, form.pack, form.tile
-    query_digits, integer, itemsize = form.query_digits, form.integer, form.itemsize
-    largest_query = F(LARGEST_QUERY.get(query_digits, 0))
-    score, weigh, add_values = (tiles[name].external for name in ("scores", "weigh", "values"))
+    query_digits, itemsize = form.query_digits, form.itemsize
+    list_bytes = WORD * (tile + SERIES)  # whole lines of a series are written
+    series, split, score, weigh, add_values = (
+        tiles[name].external for name in ("series", "split", "scores", "weigh", "values")
+    )
     parts = query_parts(form, machine)
+
+    @native
+    def set_rows(call, pages, num_pages, table, b, head, first, count, zeros, rows):  # type: ignore[no-untyped-def]
+        """Addresses of `count` positions of a head from `first` on, in `rows`; then the zeros, to fill a tile."""
+        done = 0
+        while done < count:
+            t = first + done
+            page = b
+            if table != 0:
+                page = load_int32(table + 4 * (b * call.pages + t // call.page_size))
+                page = min(max(page, 0), num_pages - 1)
+            inside = t % call.page_size
+            here = min(count - done, call.page_size - inside)
+            address = pages + page * call.page_stride + head * call.head_stride + inside * call.row_stride
+            # The first access to a page of memory waits for its translation: all of a tile are asked for at once.
+            for offset in range(0, here * call.row_stride, MEMORY_PAGE):
+                fetch(address + offset)
+            series(rows + WORD * done, address, call.row_stride, here)
+            done += here
+        series(rows + WORD * count, zeros, 0, tile - count)
 
     @native
     def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
@@ -90,55 +86,17 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
         """The queries of a unit of heads as digits, and their state before the first tile."""
-        length = up(call.head_dim, lanes * pack) // pack
-        scale = load_float32(call.scale + 4 * b)
         for i in range(call.unit_heads * call.group):
             query = call.query + 4 * call.head_dim * ((b * call.heads + first_head) * call.group + i)
-            a = s.plain
-            for j in range(length * query_digits):
-                store_int32(a + 4 * j, 0)
-            if integer:
-                largest = F(0)
-                total = F(0)
-                for d in range(call.head_dim):
-                    x = load_float32(query + 4 * d)
-                    largest = max(largest, abs(x))
-                    total += x * F(0)  # NaN if the query holds a NaN or an infinity
-                step = max(largest, F(1e-30)) / largest_query + total
-                inverse = F(1) / step
-                initial = s.initial + 4 * query_digits * i
-                for digit in range(query_digits):
-                    store_int32(initial + 4 * digit, 0)
-                for d in range(call.head_dim):
-                    x = load_float32(query + 4 * d) * inverse
-                    whole = 0
-                    if abs(x) <= largest_query + F(2):  # not NaN
-                        whole = np.int64(np.rint(x))
-                    for digit in range(query_digits - 1, -1, -1):
-                        low = ((whole + 128) & 255) - 128
-                        whole = (whole - low) >> 8
-                        store_byte(a + 4 * length * digit + d, low)
-                        place = initial + 4 * digit  # what the keys are raised by is taken back
-                        store_int32(place, load_int32(place) - 128 * low)
-                store_float32(s.weight + 4 * i, scale * step)
-            else:
-                for d in range(call.head_dim):
-                    x = load_float32(query + 4 * d)
-                    if pack == 2:
-                        store_bfloat16_bits(a + 2 * d, x)
-                    else:
-                        store_float32(a + 4 * d, x)
-                store_float32(s.weight + 4 * i, scale)
+            split(query, call.scale + 4 * b, s.initial + 4 * query_digits * i, s.weight + 4 * i, s.plain, call.head_dim)
             arrange(call, s, i // call.group, i % call.group)
         columns = up(call.head_dim, lanes * pack)
         size = head_state(call, lanes, pack)
-        for i in range(call.unit_heads * size // 4):
-            store_int32(s.state + 4 * i, 0)
+        series(s.state, 0, 0, call.unit_heads * size // WORD)
         for h in range(call.unit_heads):
             for g in range(call.group):
                 store_float32(s.state + size * h + 4 * (call.group * columns + g), MINUS_INFINITY)
-        for i in range(up(itemsize * call.head_dim, 16)):
-            store_byte(s.zeros + i, 0)
+        series(s.zeros, 0, 0, up(call.unit_heads * itemsize * call.head_dim, WORD) // WORD)
 
     @native
     def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
@@ -169,43 +127,65 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                 store_int64(rows + 8 * i, s.zeros)
 
     @native
-    def prepare(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
-        """The addresses of the keys and values of a step, in `rows` (2, T)."""
-        zeros = s.zeros
-        set_rows(call, call.key, call.key_pages, call.table, b, head, first, count, tile, zeros, rows)
-        values = rows + 8 * tile
-        set_rows(call, call.value, call.value_pages, call.value_table, b, head, first, count, tile, zeros, values)
+    def set_values(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
+        values = rows + list_bytes
+        set_rows(call, call.value, call.value_pages, call.value_table, b, head, first, count, s.zeros, values)
 
     @native
-    def advance(call, s, rows, ahead, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
+    def prepare(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
+        """The addresses of the keys and values of a tile, of the first head of a unit, in `rows` (2, T)."""
+        set_rows(call, call.key, call.key_pages, call.table, b, head, first, count, s.zeros, rows)
+        set_values(call, s, rows, b, head, first, count)
+
+    @native
+    def begin_to_fetch(call, rows, place):  # type: ignore[no-untyped-def]
+        """From the first row of a tile on: rows of all heads of a unit, since these lie side by side."""
+        size = call.unit_heads * call.head_dim * itemsize
+        start = word(rows, 0)
+        put_place(place, (start, start + size, rows, rows + WORD * (tile - 1), size))
+
+    @native
+    def advance(call, s, rows, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
         """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit."""
-        values, group, head_dim = rows + 8 * tile, call.group, call.head_dim
+        values, group, head_dim = rows + list_bytes, call.group, call.head_dim
         columns, padded = up(head_dim, lanes * pack), up(group, lanes)
         query = s.query + 4 * (columns // pack) * query_digits * group * h
-        initial = s.initial + 4 * query_digits * group * h
-        score(group, query, initial, s.weight + 4 * group * h, s.scores, rows, ahead, count, head_dim)
+        initial, weight = s.initial + 4 * query_digits * group * h, s.weight + 4 * group * h
+        head = call.head_stride * h
+        score(group, query, initial, weight, s.scores, rows, head, s.places, count, head_dim)
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
         state = s.state + head_state(call, lanes, pack) * h
         weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns)
         if call.mask != 0:
+            if h > 0:  # again with those that the head before had no use for
+                set_values(call, s, rows, b, first_head, first, count)
             drop_masked_rows(call, s, values, b, first, count)
         fades, shares = s.factors + 8 * padded, s.factors + 12 * padded
-        add_values(group, s.weights, fades, shares, state, values, ahead + 8 * tile, count, head_dim)
+        add_values(group, s.weights, fades, shares, state, values, head, s.places + PLACE_BYTES, count, head_dim)
 
     @native
-    def stream(call, s, b, unit, first, last):  # type: ignore[no-untyped-def]
-        """Positions [first, last) of one unit of heads, into the scratch's state."""
+    def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
+        """The tile from `first` on; behind the `last` position the first tile of what will probably come next."""
+        if first >= last:
+            b, unit, last = next_b, next_unit, first
+            if b < call.batch:
+                first, last = window(call, b)
+        prepare(call, s, rows, b, unit * call.unit_heads, first, min(tile, last - first))
+
+    @native
+    def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
+        """Positions [first, last) of one unit of heads, into the scratch's state, and fetch what comes next."""
         first_head = unit * call.unit_heads
         begin(call, s, b, first_head)
-        rows, ahead = s.rows, s.rows + 16 * tile
-        steps = (last - first + tile - 1) // tile * call.unit_heads  # tiles, and the heads of each
+        rows, ahead = s.rows, s.rows + 2 * list_bytes
         prepare(call, s, rows, b, first_head, first, min(tile, last - first))
-        for step in range(steps):
-            h, t = step % call.unit_heads, first + step // call.unit_heads * tile
-            next_h, next_t = (step + 1) % call.unit_heads, first + (step + 1) // call.unit_heads * tile
-            prepare(call, s, ahead, b, first_head + next_h, next_t, min(tile, max(last - next_t, 0)))
-            advance(call, s, rows, ahead, b, first_head, h, t, min(tile, last - t))
+        for t in range(first, last, tile):
+            prepare_next(call, s, ahead, b, unit, t + tile, last, next_b, next_unit)
+            begin_to_fetch(call, ahead, s.places)
+            begin_to_fetch(call, ahead + list_bytes, s.places + PLACE_BYTES)
+            for h in range(call.unit_heads):
+                advance(call, s, rows, b, first_head, h, t, min(tile, last - t))
             rows, ahead = ahead, rows
 
     return stream

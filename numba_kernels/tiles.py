@@ -1,8 +1,11 @@
 """The steps on a tile of positions, as functions of vector instructions.
 
+    series    numbers at equal distances, for lists of addresses and for zeros
+    split     a query head as the digits that meet keys
     scores    scores[head, position] = weight * sum_d query[head, d] * key[position, d]
     weigh     scores -> softmax weights; what the old output and the tile's are multiplied by
     values    out[head, d] = fade * out + share * sum_position weights[head, position] * value[position, d]
+    divide    the sums of a head over the sum of its weights
 
 Rows of the cache are read where they lie, once for a few heads, and all that is made of them stays in registers. The
 memory is kept busy meanwhile: every step of the work has as many lines of the next tile fetched as it reads.
@@ -20,9 +23,13 @@ from numba.core import cgutils
 
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
-from numba_kernels.vectors import F32, I8, I32, I64, LINE, Vectors
+from numba_kernels.vectors import F32, I8, I16, I32, I64, LINE, Vectors
 
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
+SERIES = 8  # numbers of `series` in a line of memory
+# By the number of digits, with a highest digit of 127. Of three, what is left of a float32 query is below its own last
+# place.
+LARGEST_QUERY = {2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
 _INT = types.int64
 
 
@@ -47,7 +54,7 @@ class Tile(NamedTuple):
 
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
     """All of them, by name, for one format on one machine; what others call comes first."""
-    tiles = [_weigh(form)]
+    tiles = [_series(), _split(form), _weigh(form), _divide()]
     for name, kind, most in (
         ("scores", _scores, 8),
         ("values", _values, machine.registers // (8 if form.integer else 4)),
@@ -71,19 +78,15 @@ def module_of(tiles: dict[str, Tile], machine: Machine) -> ir.Module:
 def _for_a_group(name: str, form: Format, parts: dict[int, Tile]) -> Tile:
     """(group, *what a part takes): the step `name` for all heads of a group, in parts of so many heads.
 
-    Of what a part takes, the first four are moved on from part to part; see `_strides`. Instead of the rows to be
-    fetched a part takes the place where the last one stopped, and how many parts there are to share the fetching.
+    Of what a part takes, the first four are moved on from part to part; see `_strides`. Behind the place of fetching it
+    takes the number of parts that share in it.
     """
 
     def body(v: Vectors, group: Any, *arguments: Any) -> None:
         builder = v.builder
-        *moving, rows, ahead, count, head_dim = arguments
+        *moving, rows, offset, place, count, head_dim = arguments
         strides = _strides(name, v, form, head_dim)
         done = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
-        place, start = v.room(3 * 8), v.load(ahead, I64)
-        end = builder.add(start, builder.mul(head_dim, ir.Constant(I64, form.itemsize)))
-        for i, x in enumerate((start, end, ahead)):
-            v.store(x, v.address(place, i, 8))
         sharing, left = ir.Constant(I64, 0), group
         for heads in parts:
             sharing = builder.add(sharing, builder.udiv(left, ir.Constant(I64, heads)))
@@ -93,11 +96,10 @@ def _for_a_group(name: str, form: Format, parts: dict[int, Tile]) -> Tile:
                 first = builder.load(done)
                 moved = [builder.add(x, builder.mul(first, stride)) for x, stride in zip(moving, strides, strict=True)]
                 function = builder.module.get_global(part.name)
-                last = v.address(ahead, form.tile - 1, 8)
-                builder.call(function, (*moved, rows, place, last, sharing, count, head_dim))
+                builder.call(function, (*moved, rows, offset, place, sharing, count, head_dim))
                 builder.store(builder.add(first, ir.Constant(I64, heads)), done)
 
-    return Tile(name, 9, body)
+    return Tile(name, 10, body)
 
 
 def _strides(name: str, v: Vectors, form: Format, head_dim: ir.Value) -> list[ir.Value]:
@@ -117,6 +119,16 @@ def _padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
     return v.builder.mul(v.builder.udiv(more, size), size)
 
 
+class Place(NamedTuple):
+    """Where fetching stands: the next line's address, the end of its row, and where that row's address stands."""
+
+    line: int
+    end: int
+    row: int
+    last: int  # where the last row's address stands
+    size: int  # bytes of a row
+
+
 class _Fetcher:
     """Has rows fetched into the processor's cache a line at a time, in the order in which they lie in memory.
 
@@ -125,15 +137,12 @@ class _Fetcher:
     be foreseen: that keeps the fetches some cycles apart, and all at once they are slower.
     """
 
-    def __init__(
-        self, v: Vectors, form: Format, place: ir.Value, last: ir.Value, sharing: ir.Value, *, head_dim: ir.Value
-    ) -> None:
-        """`place` is where the next line's address, the end of its row and where that row's address is stand."""
-        self.v, self.place, self.last, self.sharing = v, place, last, sharing
-        self.size = v.builder.mul(head_dim, ir.Constant(I64, form.itemsize))
-        self.line, self.end, self.row = (
-            cgutils.alloca_once_value(v.builder, v.load(v.address(place, i, 8), I64)) for i in range(3)
-        )
+    def __init__(self, v: Vectors, place: ir.Value, sharing: ir.Value) -> None:
+        """`place` is where the words of a `Place` stand."""
+        self.v, self.place, self.sharing = v, place, sharing
+        words = [v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields))]
+        self.line, self.end, self.row = (cgutils.alloca_once_value(v.builder, x) for x in words[:3])
+        self.last, self.size = words[3:]
 
     def fetch(self, lines: int) -> None:
         """Share in fetching so many lines; after the last row, that one over and over, which costs nothing."""
@@ -205,7 +214,7 @@ def query_parts(form: Format, machine: Machine) -> tuple[tuple[int, int], ...]:
 
 
 def _scores(form: Format, machine: Machine, heads: int) -> Tile:
-    """(query, initial, weights, out, rows, *fetching, count, head_dim): scores of `heads` query heads.
+    """(query, initial, weights, out, rows, head, *fetching, count, head_dim): scores of `heads` query heads.
 
     `query` is as `query_parts` says, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
     addresses of a tile's keys, of which `count` count. int8 keys are raised by 128 to be unsigned; `initial` (heads,
@@ -215,7 +224,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     piece, vectors = machine.lanes // beside, heads * digits // beside
     positions = _power_of_two(machine.registers * 3 // 4 // vectors)  # the sums of these leave room for what is read
 
-    def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, rows: Any, *rest: Any) -> None:
+    def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, count, head_dim = rest
         builder, kind = v.builder, v.ints if form.integer else v.floats
         blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
@@ -223,7 +232,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
         starts = _first_sums(v, initial, heads, digits, beside) if form.integer else [v.constant(kind, 0.0)] * vectors
         factors = v.load(weights, ir.VectorType(F32, heads))
         copies = [v.room(4 * v.lanes) for _ in range(positions)] if beside > 1 else []
-        fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
+        fetcher = _Fetcher(v, *fetching)
 
         with v.loop(blocks) as block:
             first_position = builder.mul(block, ir.Constant(I64, positions))
@@ -233,7 +242,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                     builder.store(start, total)
 
             def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
-                offset = v.address(ir.Constant(I64, 0), first, form.itemsize)
+                offset = v.address(head, first, form.itemsize)
                 fetcher.fetch(max(1, positions * width * form.itemsize * form.pack * v.lanes // LINE))
                 at = v.address(query, first, 4 // form.pack * heads * digits)
                 for i in range(width):
@@ -302,6 +311,93 @@ def _digits_together(v: Vectors, form: Format, digits: list[ir.Value]) -> ir.Val
     for digit in lower:
         total = v.float_function("fma", total, v.constant(kind, 256.0), digit)
     return total
+
+
+def _series() -> Tile:
+    """(to, first, distance, count): int64 from `first` on: `count` and what fills the last line of memory."""
+
+    def body(v: Vectors, to: Any, first: Any, distance: Any, count: Any) -> None:
+        builder, kind = v.builder, ir.VectorType(I64, SERIES)
+        places = builder.mul(v.splat(distance, SERIES), ir.Constant(kind, list(range(SERIES))))
+        step = builder.mul(distance, ir.Constant(I64, SERIES))
+        with v.loop(builder.udiv(builder.add(count, ir.Constant(I64, SERIES - 1)), ir.Constant(I64, SERIES))) as i:
+            start = builder.add(first, builder.mul(i, step))
+            v.store(builder.add(v.splat(start, SERIES), places), v.address(to, i, 8 * SERIES))
+
+    return Tile("series", 4, body)
+
+
+def _split(form: Format) -> Tile:
+    """(query, scale, initial, weight, plain, head_dim): a query head as `plain` (digits, D padded), zeros behind D.
+
+    `query` is float32. `initial` and `weight` of this head are as `_scores` wants them; the latter has `scale` in it.
+    """
+
+    def body(v: Vectors, query: Any, scale: Any, initial: Any, weight: Any, plain: Any, head_dim: Any) -> None:
+        builder, size = v.builder, 4 * v.lanes
+        vectors = builder.udiv(_padded(v, form, head_dim), ir.Constant(I64, v.lanes))
+        row = builder.mul(vectors, ir.Constant(I64, size // form.pack))
+
+        def read(i: ir.Value) -> ir.Value:
+            left = builder.sub(head_dim, builder.mul(i, ir.Constant(I64, v.lanes)))
+            return v.load_first(v.address(query, i, size), v.floats, left)
+
+        factor = v.load(scale, F32)
+        if not form.integer:
+            v.store(factor, weight)
+            with v.loop(vectors) as i:
+                x = v.as_ints(read(i))
+                if form.pack == 2:  # a bfloat16 already
+                    x = builder.trunc(builder.lshr(x, v.constant(v.ints, 16)), ir.VectorType(I16, v.lanes))
+                v.store(x, v.address(plain, i, size // form.pack))
+            return
+
+        zero, most = v.constant(v.floats, 0.0), LARGEST_QUERY[form.query_digits]
+        largest, wrong, *sums = (cgutils.alloca_once_value(builder, zero) for _ in range(2 + form.query_digits))
+        with v.loop(vectors) as i:
+            x = read(i)
+            builder.store(v.float_function("maxnum", builder.load(largest), v.float_function("fabs", x)), largest)
+            builder.store(v.float_function("fma", x, zero, builder.load(wrong)), wrong)  # NaN of NaN and infinity
+        step = v.float_function("maxnum", v.reduce("max", [builder.load(largest)]), ir.Constant(F32, 1e-30))
+        step = builder.fdiv(step, ir.Constant(F32, most))
+        step = builder.fadd(step, v.reduce("fadd", [builder.load(wrong)]))
+        v.store(builder.fmul(factor, step), weight)
+        inverse = v.splat(builder.fdiv(ir.Constant(F32, 1.0), step))
+        with v.loop(vectors) as i:
+            x = builder.fmul(read(i), inverse)
+            inside = builder.fcmp_ordered("<=", v.float_function("fabs", x), v.constant(v.floats, most + 2))
+            whole = builder.fptosi(v.float_function("rint", builder.select(inside, x, zero)), v.ints)
+            for digit in reversed(range(form.query_digits)):
+                half, byte = v.constant(v.ints, 128), v.constant(v.ints, 255)
+                low = builder.sub(builder.and_(builder.add(whole, half), byte), half)
+                whole = builder.ashr(builder.sub(whole, low), v.constant(v.ints, 8))
+                to = builder.add(plain, builder.mul(row, ir.Constant(I64, digit)))
+                v.store(builder.trunc(low, ir.VectorType(I8, v.lanes)), v.address(to, i, v.lanes))
+                builder.store(builder.fadd(builder.load(sums[digit]), builder.sitofp(low, v.floats)), sums[digit])
+        for digit, sum_ in enumerate(sums):  # what the keys are raised by is taken back; the floats are integers
+            raised = builder.mul(builder.fptosi(v.reduce("fadd", [builder.load(sum_)]), I32), ir.Constant(I32, -128))
+            v.store(raised, v.address(initial, digit, 4))
+
+    return Tile("split", 6, body)
+
+
+def _divide() -> Tile:
+    """(sums, total, out, head_dim): `out` = `sums` / `total`, float32, and 0 where `total` is 0."""
+
+    def body(v: Vectors, sums: Any, total: Any, out: Any, head_dim: Any) -> None:
+        builder, zero = v.builder, ir.Constant(F32, 0.0)
+        total = v.load(total, F32)
+        inverse = builder.fdiv(ir.Constant(F32, 1.0), total)
+        inverse = builder.select(builder.fcmp_ordered("==", total, zero), zero, inverse)
+        whole = builder.udiv(head_dim, ir.Constant(I64, v.lanes))
+        with v.loop(whole) as i:
+            x = builder.fmul(v.load(v.address(sums, i, 4 * v.lanes), v.floats), v.splat(inverse))
+            v.store(x, v.address(out, i, 4 * v.lanes))
+        with v.loop(builder.urem(head_dim, ir.Constant(I64, v.lanes))) as i:
+            place = builder.add(builder.mul(whole, ir.Constant(I64, v.lanes)), i)
+            v.store(builder.fmul(v.load(v.address(sums, place, 4), F32), inverse), v.address(out, place, 4))
+
+    return Tile("divide", 4, body)
 
 
 def _weigh(form: Format) -> Tile:
@@ -392,7 +488,7 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
 
 
 def _values(form: Format, machine: Machine, heads: int) -> Tile:
-    """(weights, fades, shares, out, rows, *fetching, count, head_dim): the outputs of `heads` query heads.
+    """(weights, fades, shares, out, rows, head, *fetching, count, head_dim): the outputs of `heads` query heads.
 
     The first three are as `weigh` leaves them, from the first of the heads on; `out` is (heads, D padded) float32.
     `rows` holds the addresses of a tile's values, of which `count` count. A factor of 0 forgets even a NaN.
@@ -402,17 +498,17 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.pack)  # vectors of a row
     at_once = 2 if form.integer else form.pack  # of the `pack` vectors that these become: more would not fit
 
-    def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, *rest: Any) -> None:
+    def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, positions, head_dim = rest
         builder, size = v.builder, 4 * v.lanes
         kind = v.ints if form.integer else v.floats
         columns = _padded(v, form, head_dim)
-        fetcher = _Fetcher(v, form, *fetching, head_dim=head_dim)
+        fetcher = _Fetcher(v, *fetching)
         groups = builder.udiv(builder.add(positions, ir.Constant(I64, form.pack - 1)), ir.Constant(I64, form.pack))
 
         def products(first: ir.Value, width: int, count: ir.Value | None, which: range) -> list[list[list[ir.Value]]]:
             """[head][strip][which] sums over the tile, of some of the vectors that the rows' vectors become."""
-            offset = builder.mul(first, ir.Constant(I64, form.itemsize))
+            offset = v.address(head, first, form.itemsize)
             totals = [
                 [[[cgutils.alloca_once(builder, kind) for _ in range(sums)] for _ in which] for _ in range(width)]
                 for _ in range(heads)

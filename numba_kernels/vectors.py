@@ -21,7 +21,9 @@ EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.428606820309417e-06
 EXP_UNDERFLOWS = -87.3  # below this exp(x) is not a normal float32
 LINE = 64  # bytes of a cache line
-PREFETCH_LOCALITY = 2  # of llvm.prefetch: the second-level cache, which has room, and more fetches under way
+# Lines are fetched into the second-level cache, which has room, and more fetches under way; but into the first-level
+# cache of these processors, where that is faster.
+FETCH_TO_FIRST_LEVEL = ("znver5",)
 
 
 class Vectors:
@@ -75,7 +77,8 @@ class Vectors:
         """Have the cache line at an address fetched; any address will do."""
         pointer = self.builder.inttoptr(address, I8.as_pointer())
         function = self.function("llvm.prefetch.p0", ir.VoidType(), (pointer.type, I32, I32, I32))
-        read, keep, data = (ir.Constant(I32, x) for x in (0, PREFETCH_LOCALITY, 1))
+        locality = 3 if self.machine.cpu in FETCH_TO_FIRST_LEVEL else 2
+        read, keep, data = (ir.Constant(I32, x) for x in (0, locality, 1))
         self.builder.call(function, (pointer, read, keep, data))
 
     def function(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
