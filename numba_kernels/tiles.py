@@ -417,20 +417,24 @@ def _weigh(form: Format) -> Tile:
         tops, totals, fades, shares = (builder.add(factors, builder.mul(size, ir.Constant(I64, i))) for i in range(4))
         nothing, zero = v.constant(v.floats, float("-inf")), v.constant(v.floats, 0.0)
 
-        with v.loop(heads) as h:
-            row = v.address(scores, h, 4 * form.tile)
-            read = []
+        def read(h: ir.Value) -> list[ir.Value]:
+            row, found = v.address(scores, h, 4 * form.tile), []
             for i in range(vectors):
                 score = v.load(v.address(row, i, 4 * v.lanes), v.floats)
                 place = ir.Constant(v.ints, list(range(v.lanes * i, v.lanes * (i + 1))))
-                read.append(builder.select(builder.icmp_signed("<", place, count), score, nothing))
-            top = v.reduce("max", read)
+                found.append(builder.select(builder.icmp_signed("<", place, count), score, nothing))
+            return found
+
+        # A loop of its own: otherwise the processor would wait for one head's largest at a time.
+        with v.loop(heads) as h:
+            v.store(v.reduce("max", read(h)), v.address(tops, h, 4))
+        with v.loop(heads) as h:
+            top = v.load(v.address(tops, h, 4), F32)
             none = builder.fcmp_ordered("==", top, ir.Constant(F32, float("-inf")))
             shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
-            exps = [v.exp(builder.fsub(x, shift)) for x in read]
+            exps = [v.exp(builder.fsub(x, shift)) for x in read(h)]
             line = v.address(weights, h, 4 * form.weight_digits * (form.tile // form.pack))
             exps = [_store_weight(v, form, weight, line, i) for i, weight in enumerate(exps)]
-            v.store(top, v.address(tops, h, 4))
             v.store(v.reduce("fadd", exps), v.address(totals, h, 4))
 
         with v.loop(blocks) as block:
