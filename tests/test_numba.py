@@ -173,6 +173,24 @@ def test_one_head_of_one_long_sequence() -> None:
     assert_close(out, lse, args, kwargs)
 
 
+def test_more_heads_side_by_side_than_are_read_together() -> None:
+    case = Case(heads=12, kv_heads=12, head_dim=256, capacity=100, layout="BSND", lengths=(100, 41), mask="4d")
+    (out, lse), args, kwargs = call(case)
+    assert_close(out, lse, args, kwargs)
+
+
+def test_a_masked_value_that_one_head_wants_and_another_does_not() -> None:
+    """All that the mask leaves to the last heads has a bias below it, so that they want what it hides."""
+    case = Case(heads=4, kv_heads=2, capacity=70, layout="BSND", lengths=None)
+    args, kwargs = case.inputs()
+    mask = np.zeros((2, 1, 1, 70), bool)
+    mask[..., 10:40] = True
+    bias = np.where(mask, 0, [[[0.0]], [[0.0]], [[-1e13]], [[-1e13]]]).astype(np.float32)
+    kwargs |= dict(atten_mask=mask, pse_shift=bias)
+    out, lse = incre_flash_attention(*args, implementation="numba", return_lse=True, **kwargs)
+    assert_close(out, lse, args, kwargs)
+
+
 def test_large_scores_do_not_overflow_the_digits() -> None:
     """A query whose largest element is far from the others, and weights of exactly one."""
     rng = np.random.default_rng(0)
