@@ -150,7 +150,7 @@ def _linked(kernel: Kernel, machine: Machine) -> Any:
     from numba_kernels import sharing, tiles
 
     parts, functions = kernel.code(machine)
-    # Numba makes the functions callable in this process, though nobody will call them, and asks for these symbols.
+    # A Numba without the private names of `_only_typed` makes machine code too, and asks for these symbols.
     for name in (*parts, sharing.TASK):
         llvm.add_symbol(name, ctypes.cast(_never_called, ctypes.c_void_p).value)
     texts = [str(tiles.module_of(parts, machine))]
@@ -179,6 +179,8 @@ def _only_typed() -> Iterator[None]:
 
     It would optimise a function with all that it calls, again for each caller, and then make machine code that nobody
     calls: here the whole is optimised once, at the end. The lock keeps other threads' compilations from seeing this.
+    Numba keeps what it types meanwhile, also of its own (`max` of two int64), for others' functions to be linked with.
+    As IR that is whole, so long as it raises nothing and prints nothing.
     """
     from numba import config
     from numba.core import codegen
@@ -192,9 +194,9 @@ def _only_typed() -> Iterator[None]:
         settings += [(codegen.JITCPUCodegen, step, lambda *arguments: None) for step in steps]
     with global_compiler_lock:
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
-        for setting in settings:
-            setattr(*setting)
         try:
+            for setting in settings:
+                setattr(*setting)
             yield
         finally:
             for setting in before:

@@ -76,10 +76,12 @@ def test_against_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(*interpret(args, kwargs), args, kwargs)
 
 
-@pytest.mark.parametrize("layout, block", [("BSH", 32), ("BNSD", 0)])
-def test_int8_is_multiplied_as_bfloat16(layout: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout, block, turns_int8", [("BSH", 32, True), ("BNSD", 0, True), ("BSH", 32, False)])
+def test_int8_is_multiplied_as_bfloat16(
+    layout: str, block: int, turns_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In lanes keys are transposed for it, in columns values. A tile of pages is multiplied in cuts."""
-    small_tiles(monkeypatch, tile_bytes=1 << 17, int8_products=False)
+    small_tiles(monkeypatch, tile_bytes=1 << 17, int8_products=False, turns_int8=turns_int8)
     monkeypatch.setattr(plan, "MANY_COPIES_TURNED", 2)
     shape = COMMON | dict(batch=2, layout=layout, block=block, lengths=(690, 130))
     args, kwargs = Case(**shape, int8=True, offset=True, dtype="bfloat16").inputs()

@@ -15,12 +15,14 @@ from pallas_kernels.tpu.tuning import Tuning
 
 
 def small_tiles(
-    monkeypatch: pytest.MonkeyPatch, *, cores: int = 1, tile_bytes: int = 1 << 16, int8_products: bool = True
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cores: int = 1,
+    tile_bytes: int = 1 << 16,
+    int8_products: bool = True,
+    turns_int8: bool = False,
 ) -> None:
-    """Tiles of 128 positions, so that a few hundred make several, some of them whole.
-
-    Without `int8_products` int8 is transposed before it is converted, as on tpu7x.
-    """
+    """Tiles of 128 positions, so that a few hundred make several, some of them whole."""
     tuning = Tuning(
         cores=cores,
         slots=3,
@@ -28,7 +30,7 @@ def small_tiles(
         tile_bytes=tile_bytes,
         vmem_limit_bytes=1 << 24,
         int8_products=int8_products,
-        turns_int8=not int8_products,
+        turns_int8=turns_int8,
     )
     monkeypatch.setattr(lowering, "tuning_for", lambda kind: tuning)
 
