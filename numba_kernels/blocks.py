@@ -56,9 +56,7 @@ class BlockMatrix:
         Raises:
           ValueError: for an unknown kind, or rows that are not whole blocks.
         """
-        if kind not in LAYOUTS:
-            raise ValueError(f"expected a kind of block among {', '.join(LAYOUTS)}, got {kind!r}")
-        layout = LAYOUTS[kind]
+        layout = _layout(kind)
         if rows.ndim != 2 or rows.dtype != np.uint8 or rows.shape[1] % layout.size:
             raise ValueError(_expected(rows, layout))
         blocks = rows.reshape(len(rows), rows.shape[1] // layout.size, layout.size)
@@ -68,11 +66,12 @@ class BlockMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(outputs, inputs); ValueError if the rows are not whole blocks."""
+        """(outputs, inputs); ValueError for an unknown kind, or rows that are not whole blocks."""
+        layout = _layout(self.kind)
+        if self.rows.ndim == 0 or self.rows.dtype != jnp.uint8 or self.rows.shape[-1] % layout.size:
+            raise ValueError(_expected(self.rows, layout))
         *outer, size = self.rows.shape
-        if self.rows.dtype != jnp.uint8 or size % LAYOUTS[self.kind].size:
-            raise ValueError(_expected(self.rows, LAYOUTS[self.kind]))
-        return *outer, size // LAYOUTS[self.kind].size * BLOCK
+        return *outer, size // layout.size * BLOCK
 
     @property
     def dtype(self) -> np.dtype:
@@ -81,8 +80,8 @@ class BlockMatrix:
 
     def dense(self) -> Array:
         """The weights: (outputs, inputs) float32, exactly."""
-        layout = LAYOUTS[self.kind]
         *outer, inputs = self.shape
+        layout = LAYOUTS[self.kind]
         blocks = inputs // BLOCK
         codes, *numbers = jnp.split(
             self.rows, [blocks * (layout.codes + 2 * i) for i in range(layout.numbers)], axis=-1
@@ -98,6 +97,12 @@ class BlockMatrix:
         if minimum:
             weights = weights + minimum[0]
         return weights.reshape(*outer, blocks * BLOCK)
+
+
+def _layout(kind: str) -> Layout:
+    if kind not in LAYOUTS:
+        raise ValueError(f"expected a kind of block among {', '.join(LAYOUTS)}, got {kind!r}")
+    return LAYOUTS[kind]
 
 
 def _expected(rows: Array | np.ndarray, layout: Layout) -> str:

@@ -54,7 +54,8 @@ def row_product(x: Array, matrix: Array | BlockMatrix) -> Array:
 def _product(x: Array, weights: Array, kind: str | None) -> Array:
     """By the primitive where it may come to a foreign call; `weights` are the rows of a `BlockMatrix`, or all of it."""
     rows = math.prod(x.shape[:-1])
-    native = x.dtype == jnp.float32 and rows > 0 and weights.size > 0 and (kind is not None or rows <= MOST_ROWS)
+    some = isinstance(rows, int) and rows > 0  # no integer: a symbol, of a program that is exported
+    native = some and x.dtype == jnp.float32 and weights.size > 0 and (kind is not None or rows <= MOST_ROWS)
     if not native or numba_kernels.missing() or _distributed(x) or _distributed(weights):
         return _by_xla(x, weights, kind=kind)
     flat, weights = vary_together((x.reshape(rows, -1), weights))

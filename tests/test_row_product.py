@@ -154,6 +154,15 @@ def test_other_platforms_and_exported_programs_have_no_foreign_call() -> None:
     assert_exact(exported.call(x, blocks.rows), x, weights)
 
 
+def test_a_number_of_rows_that_is_a_symbol() -> None:
+    x, matrix = inputs((MOST_ROWS + 1,), 9, 32)
+    blocks, weights = in_blocks(9, 32, "q4_1")
+    (rows,) = export.symbolic_shape("rows")
+    shape = jax.ShapeDtypeStruct((rows, 32), np.float32)
+    assert_exact(export.export(jax.jit(row_product))(shape, matrix).call(x[:2], matrix), x[:2], matrix)
+    assert_exact(export.export(jax.jit(lambda x: row_product(x, blocks)))(shape).call(x), x, weights)
+
+
 def test_vmap() -> None:
     x, matrix = inputs((3,), 9, 8)
     several = np.stack([matrix, 2 * matrix, matrix + 1])
@@ -247,8 +256,12 @@ def test_what_does_not_fit_is_refused() -> None:
         BlockMatrix.from_file(np.zeros((9, 33), np.uint8), "q8_0")
     with pytest.raises(ValueError, match="blocks of 34 bytes, got \\(9, 35\\) uint8"):
         row_product(jnp.ones((1, 32)), BlockMatrix(jnp.zeros((9, 35), jnp.uint8), "q8_0"))
+    with pytest.raises(ValueError, match="blocks of 34 bytes, got \\(\\) uint8"):
+        row_product(jnp.ones((1, 32)), BlockMatrix(jnp.zeros((), jnp.uint8), "q8_0"))
     with pytest.raises(ValueError, match="a kind of block among q4_1, q8_0, got 'q2_k'"):
         BlockMatrix.from_file(np.zeros((9, 34), np.uint8), "q2_k")
+    with pytest.raises(ValueError, match="a kind of block among q4_1, q8_0, got 'q2_k'"):
+        row_product(jnp.ones((1, 32)), BlockMatrix(blocks.rows, "q2_k"))
 
 
 def test_without_numba_xla_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
