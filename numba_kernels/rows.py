@@ -5,6 +5,7 @@ pieces as the threads need: that is how memory is read fastest, and reading is a
 for. Many rows meet a small piece of it at a time, as float32, in the processor's caches.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -202,17 +203,10 @@ def _dots(
                     builder.store(v.float_function("fma", x, weight[k], builder.load(total)), total)
 
     each(v, rows, inputs, meet)
-    whole = [_added(v, own) for of_vector in totals for own in of_vector]
+    whole = [functools.reduce(builder.fadd, map(builder.load, own)) for of_vector in totals for own in of_vector]
     results: list[ir.Value] = []
     for i in range(0, len(whole), v.lanes):
         part = whole[i : i + v.lanes]
         total = v.sums(part, v.lanes)
         results += [builder.extract_element(total, ir.Constant(I32, j)) for j in range(len(part))]
     return results
-
-
-def _added(v: Vectors, totals: list[ir.Value]) -> ir.Value:
-    first, *others = (v.builder.load(x) for x in totals)
-    for other in others:
-        first = v.builder.fadd(first, other)
-    return first

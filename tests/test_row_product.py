@@ -47,16 +47,21 @@ def assert_exact(out: jax.Array, x: np.ndarray, matrix: np.ndarray) -> None:
     assert (np.abs(np.asarray(out) - x @ matrix.T) <= 1e-6 * (np.abs(x) @ np.abs(matrix).T)).all()
 
 
+def assert_native(x: np.ndarray, matrix: np.ndarray | BlockMatrix, weights: np.ndarray) -> None:
+    """A foreign call gives the product with the weights of a matrix, in a program and outside of one."""
+    run = jax.jit(row_product)
+    assert FOREIGN in run.lower(x, matrix).as_text()
+    assert_exact(run(x, matrix), x, weights)
+    assert_exact(row_product(x, matrix), x, weights)
+
+
 @pytest.mark.parametrize(
     ("rows", "outputs", "size"),
     [((1,), 1, 1), ((3,), 7, 5), ((1,), 100, 16), ((), 33, 129), ((2, 1), 65, 576), ((MOST_ROWS,), 2000, 1537)],
 )
 def test_values(rows: tuple[int, ...], outputs: int, size: int) -> None:
     x, matrix = inputs(rows, outputs, size)
-    run = jax.jit(row_product)
-    assert FOREIGN in run.lower(x, matrix).as_text()
-    assert_exact(run(x, matrix), x, matrix)
-    assert_exact(row_product(x, matrix), x, matrix)
+    assert_native(x, matrix, matrix)
 
 
 @KINDS
@@ -66,10 +71,7 @@ def test_values(rows: tuple[int, ...], outputs: int, size: int) -> None:
 def test_values_in_blocks(kind: str, rows: tuple[int, ...], outputs: int, size: int) -> None:
     matrix, weights = in_blocks(outputs, size, kind)
     x, _ = inputs(rows, outputs, size)
-    run = jax.jit(row_product)
-    assert FOREIGN in run.lower(x, matrix).as_text()
-    assert_exact(run(x, matrix), x, weights)
-    assert_exact(row_product(x, matrix), x, weights)
+    assert_native(x, matrix, weights)
 
 
 @KINDS

@@ -94,8 +94,9 @@ def test_int8_error_is_no_worse_than_of_16_bit_attention(
     k, v = whole(key, key_scale), whole(value, value_scale)
     q = query.astype(np.float64).reshape(BATCH, KV_HEADS, -1, HEAD_DIM)
     scores = np.einsum("bkgd,bskd->bkgs", q, k) * scale
-    weights = np.exp(scores - scores.max())
-    truth_lse = (np.log(weights.sum(-1)) + scores.max()).reshape(BATCH, HEADS, 1)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    truth_lse = (np.log(weights.sum(-1)) + top[..., 0]).reshape(BATCH, HEADS, 1)
     truth = np.einsum("bkgs,bskd->bkgd", weights / weights.sum(-1, keepdims=True), v).reshape(query.shape)
 
     kwargs = dict(
