@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from benchmarks.contenders import Contender
+from numba_kernels import amx
 from numba_kernels.build import native_engine
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
@@ -40,12 +41,28 @@ def instructions() -> int:
     return len(os.sched_getaffinity(0)) * CHAINS * STEPS
 
 
+def multiply_adds(form: Format, machine: Machine) -> int:
+    """Of one dot instruction."""
+    return (16 * 16 * 16 if form.amx else machine.lanes) * form.pack
+
+
 def _chains(form: Format, machine: Machine) -> tuple[Callable[[int, int], None], object]:
     module = ir.Module("peak")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64, I64]), "peak")
     builder = ir.IRBuilder(function.append_basic_block())
     v = Vectors(builder, machine)
     address, steps = function.args
+    if form.amx:
+        _chains_of_matrices(v, form, steps)
+    else:
+        _chains_of_vectors(v, form, address, steps)
+    builder.ret_void()
+    engine = native_engine(llvm.parse_assembly(str(module)), machine)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("peak")), engine
+
+
+def _chains_of_vectors(v: Vectors, form: Format, address: ir.Value, steps: ir.Value) -> None:
+    builder = v.builder
     kind = v.ints if form.integer else v.floats
     factor = v.load(address, v.ints)
     totals = [cgutils.alloca_once(builder, kind) for _ in range(CHAINS)]
@@ -56,6 +73,14 @@ def _chains(form: Format, machine: Machine) -> tuple[Callable[[int, int], None],
             builder.store(v.dot(builder.load(total), factor, factor, form.pack, "a"), total)
     for i, total in enumerate(totals):
         v.store(builder.load(total), v.address(address, i, 4 * v.lanes))
-    builder.ret_void()
-    engine = native_engine(llvm.parse_assembly(str(module)), machine)
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("peak")), engine
+
+
+def _chains_of_matrices(v: Vectors, form: Format, steps: ir.Value) -> None:
+    amx.make(form)["configure"].body(v, ir.Constant(I64, 16))
+    *totals, a, b = range(8)
+    for register in range(8):
+        amx.instruction(v, "tilezero", register)
+    with v.loop(steps):
+        for i in range(CHAINS):
+            amx.instruction(v, amx.SIGNED if form.integer else amx.BFLOAT16, totals[i % len(totals)], a, b)
+    amx.instruction(v, "tilerelease")

@@ -5,7 +5,7 @@ at the peak rate of their instruction. Both are measured in the same run, in tur
 
     bytes          of the visible keys and values, once, at the bandwidth of `jnp.sum` over 512 MB
     instructions   2 * B * N * S * D multiply-adds, for each digit of the query and of the weights (formats.py),
-                   at the rate of independent sums in registers, on all cores
+                   at the rate of independent sums in registers, on all cores (of AMX: of whole matrices)
 
 and the share is the larger of the two over the median time. Beside them XLA's loop on the same forms of the cache, and
 `jax.nn` and torch on the one that they have.
@@ -21,7 +21,7 @@ import typer
 from tabulate import tabulate
 
 from benchmarks import contenders
-from benchmarks.peaks import instructions, peak
+from benchmarks.peaks import instructions, multiply_adds, peak
 from benchmarks.run import rivals
 from benchmarks.timing import interleave, machine, read_bandwidth
 from numba_kernels.formats import format_of
@@ -52,7 +52,7 @@ def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> l
     """A row for each form of the cache, and for each rival."""
     batch = max(1, POSITIONS // length)
     shape = contenders.Shape(batch, KV_HEADS * group, KV_HEADS, length, HEAD_DIM)
-    form = format_of(dtype, False, this_machine(), narrow=dtype != "float32")  # as `ours` calls it
+    form = format_of(dtype, False, this_machine(), narrow=dtype != "float32", group=group)  # as `ours` calls it
     entries = {"memory": read_bandwidth(), "peak": peak(form, this_machine())}
     for label, (layout, block) in FORMS.items():
         block = 32 if dtype == "int8" and block == 16 else block  # the operator's own rule
@@ -65,9 +65,11 @@ def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> l
     timings = interleave(entries, rounds=rounds, seconds_per_turn=0.1, title=f"{dtype} G={group} S={length}")
     bandwidth = 512 * 2**20 / timings.pop("memory").median
     rate = instructions() / timings.pop("peak").median
-    lanes = this_machine().lanes * form.pack
-    products = batch * KV_HEADS * group * length * HEAD_DIM * (form.query_digits + form.weight_digits) / lanes
-    by_bytes, by_instructions = shape.cache_bytes(dtype) / bandwidth, products / rate
+    products = batch * KV_HEADS * group * length * HEAD_DIM * (form.query_digits + form.weight_digits)
+    by_bytes, by_instructions = (
+        shape.cache_bytes(dtype) / bandwidth,
+        products / multiply_adds(form, this_machine()) / rate,
+    )
     return [
         {
             "cache": dtype,

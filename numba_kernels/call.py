@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from numba_kernels.formats import Format
+from numba_kernels.formats import MATRIX_COLUMNS, Format
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS, WORD
 from numba_kernels.machine import Machine
 from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, up, word
@@ -145,15 +145,15 @@ class Scratch(NamedTuple):
     """Addresses of a thread's working memory. G is padded to whole vectors where it comes last."""
 
     plain: int  # (digits, D padded) one query head
-    query: int  # (unit_heads, G * digits * D padded) as `query_parts` in tiles.py says
+    query: int  # (unit_heads, `query_size`) as `query_parts` in tiles.py or `scores` in amx.py says
     initial: int  # (unit_heads, G, digits) int32: from which the products of keys start
     weight: int  # (unit_heads, G) float32: what a score is multiplied by
-    scores: int  # (G, T) float32
+    scores: int  # (G, T) float32; behind these and the next there is room for a matrix
     weights: int  # (G, digits, T / pack) lanes
     factors: int  # (4, G) float32: see `weigh` in tiles.py
     state: int  # (unit_heads, head_state) bytes
-    places: int  # (2) `Place`: where the fetching of keys and values stands
-    rows: int  # (2, 2, T and a line) addresses of keys and values of this tile and the next, of a unit's first head
+    place: int  # `Place`: where fetching stands
+    rows: int  # (2, (2, T) and a line) addresses of keys and values of this tile and the next, of a unit's first head
     zeros: int  # a row of the cache that is all 0, of all heads of a unit
     size: int  # bytes in all
 
@@ -162,11 +162,24 @@ _, _put_scratch = record_of(Scratch)
 SCRATCH_BYTES = WORD * len(Scratch._fields)
 
 
+def query_size_of(form: Format, machine: Machine) -> Any:
+    """A Numba function: the bytes of the query heads of one kv head in the scratch for a call."""
+    lanes, pack, heads, columns = machine.lanes, form.pack, form.query_heads, form.query_lanes
+
+    @native
+    def query_size(call):  # type: ignore[no-untyped-def]
+        return 4 * columns * ((call.group + heads - 1) // heads) * (up(call.head_dim, lanes * pack) // pack)
+
+    return query_size
+
+
 def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
     """Two Numba functions: the bytes of a `Scratch` for a call, wherever it begins; and the one at an address."""
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
     query_digits, weight_digits = form.query_digits, form.weight_digits
     line = 64
+    more = MATRIX_COLUMNS if form.amx else 0
+    query_size = query_size_of(form, machine)
 
     @native
     def parts_of(call, base):  # type: ignore[no-untyped-def]
@@ -175,17 +188,17 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         heads = call.unit_heads * call.group
         plain = up(base + SCRATCH_BYTES, line)
         query = up(plain + 4 * query_digits * length, line)
-        initial = up(query + 4 * heads * query_digits * length, line)
+        initial = up(query + call.unit_heads * query_size(call), line)
         weight = up(initial + 4 * heads * query_digits, line)
         scores = up(weight + 4 * heads, line)
-        weights = up(scores + 4 * call.group * tile, line)
-        factors = up(weights + 4 * call.group * weight_digits * (tile // pack), line)
+        weights = up(scores + 4 * (call.group + more) * tile, line)
+        factors = up(weights + 4 * (call.group * weight_digits + more) * (tile // pack), line)
         state = up(factors + 16 * up(call.group, lanes), line)
-        places = up(state + call.unit_heads * head_state(call, lanes, pack), line)
-        rows = up(places + 2 * PLACE_BYTES, line)
-        zeros = up(rows + WORD * 4 * (tile + SERIES), line)
+        place = up(state + call.unit_heads * head_state(call, lanes, pack), line)
+        rows = up(place + PLACE_BYTES, line)
+        zeros = up(rows + WORD * 2 * (2 * tile + SERIES), line)
         end = up(zeros + call.unit_heads * itemsize * call.head_dim, line)
-        return plain, query, initial, weight, scores, weights, factors, state, places, rows, zeros, end - base
+        return plain, query, initial, weight, scores, weights, factors, state, place, rows, zeros, end - base
 
     @native
     def size_for(call):  # type: ignore[no-untyped-def]

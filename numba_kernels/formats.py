@@ -15,6 +15,9 @@ from typing import Any
 
 from numba_kernels.machine import Machine
 
+MATRIX_COLUMNS = 16  # of AMX
+LEAST_AMX_GROUP = 6  # query heads: for fewer, products of vectors overlap better with reading the memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -27,6 +30,7 @@ class Format:
       query_digits: rows that hold one query head.
       weight_digits: rows that hold the weights of one query head.
       tile: positions read at a time.
+      amx: products of matrices, not of vectors; see amx.py.
     """
 
     name: str
@@ -35,6 +39,17 @@ class Format:
     query_digits: int
     weight_digits: int
     tile: int
+    amx: bool = False
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads whose digits are stored side by side, in `query_lanes` lanes for each lane of a row."""
+        return MATRIX_COLUMNS // self.query_digits if self.amx else 1
+
+    @property
+    def query_lanes(self) -> int:
+        """See `query_heads`."""
+        return MATRIX_COLUMNS if self.amx else self.query_digits
 
     @property
     def itemsize(self) -> int:
@@ -48,13 +63,13 @@ class Format:
 
     def code(self, machine: Machine) -> Any:
         """The decode loop for it; see `build.Kernel`."""
-        from numba_kernels import schedule, tiles  # not without need: these import Numba
+        from numba_kernels import amx, schedule, tiles  # not without need: these import Numba
 
-        parts = tiles.make(self, machine)
+        parts = tiles.common(self) | (amx.make(self) if self.amx else tiles.make(self, machine))
         return parts, schedule.make_handler(self, machine, parts)
 
 
-def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False) -> Format:
+def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False, group: int = 1) -> Format:
     """The fastest format of `machine` for caches of this dtype.
 
     Args:
@@ -62,10 +77,13 @@ def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False)
       precise: float32 throughout: the softmax weights are not rounded to the cache's 16-bit dtype.
       machine: to run on.
       narrow: the result has 16 bits, and need not be more precise than that; not together with `precise`.
+      group: query heads that share a kv head.
     """
-    if dtype == "bfloat16" and machine.bfloat16_dot and not precise:
-        return Format(f"bfloat16_pairs{'_narrow' if narrow else ''}", dtype, 2, 1, 1 if narrow else 2, 64)
-    if dtype == "int8" and machine.int8_dot:
+    amx = machine.amx and group >= LEAST_AMX_GROUP
+    kind = ("matrices" if amx else {"bfloat16": "pairs", "int8": "quads"}.get(dtype, "")) + "_narrow" * narrow
+    if dtype == "bfloat16" and (machine.bfloat16_dot or amx) and not precise:
+        return Format(f"bfloat16_{kind}", dtype, 2, 1, 1 if narrow else 2, 64, amx)
+    if dtype == "int8" and (machine.int8_dot or amx):
         digits = 2 if narrow else 3
-        return Format(f"int8_quads{'_narrow' if narrow else ''}", dtype, 4, digits, digits, 64)
+        return Format(f"int8_{kind}", dtype, 4, digits, digits, 64, amx)
     return Format(dtype, dtype, 1, 1, 1, 32 if dtype == "float32" else 64)

@@ -32,8 +32,8 @@ def attend(operands: Operands, *, or_xla: bool) -> tuple[Array, Array]:
 
 def _target_of(operands: Operands) -> str:
     """The registered kernel for these operands on this machine."""
-    machine, dtype = this_machine(), str(operands.kv.key.dtype)
-    return registered(format_of(dtype, operands.precise, machine, _narrow(operands)), machine)
+    machine, dtype, group = this_machine(), str(operands.kv.key.dtype), operands.query.shape[2]
+    return registered(format_of(dtype, operands.precise, machine, _narrow(operands), group), machine)
 
 
 def _narrow(operands: Operands) -> bool:

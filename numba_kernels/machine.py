@@ -3,8 +3,14 @@
 Found at run time from the processor's own list of features. Nothing else in this package depends on the architecture.
 """
 
+import ctypes
 import dataclasses
 import functools
+import platform
+import sys
+
+# Linux lets a process use the registers of AMX once it has asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+_ARCH_PRCTL, _REQUEST, _TILES = 158, 0x1023, 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +23,7 @@ class Machine:
       registers: vectors that the processor names.
       bfloat16_dot: the instruction that multiplies pairs of bfloat16 and adds them to float32 lanes, or None.
       int8_dot: the instruction that multiplies quads of uint8 by int8 and adds them to int32 lanes, or None.
+      amx: whether it multiplies matrices of bfloat16 and of int8: x86's AMX.
     """
 
     cpu: str
@@ -25,6 +32,7 @@ class Machine:
     registers: int
     bfloat16_dot: str | None
     int8_dot: str | None
+    amx: bool = False
 
 
 def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
@@ -41,7 +49,8 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
                 bfloat16_dot = "llvm.x86.avx512bf16.dpbf16ps.512"
             if has("avx512vnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.512"
-            return Machine(cpu, flags, 16, 32, bfloat16_dot, int8_dot)
+            amx = has("amx-tile", "amx-bf16", "amx-int8")
+            return Machine(cpu, flags, 16, 32, bfloat16_dot, int8_dot, amx)
         if has("avx2", "fma"):
             if has("avxvnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.256"
@@ -57,9 +66,15 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
 
 @functools.cache
 def this_machine() -> Machine:
-    """The processor that this process runs on."""
-    import platform
-
+    """The processor that this process runs on, as far as the system lets it be used."""
     import llvmlite.binding as llvm
 
-    return describe(llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()), platform.machine())
+    machine = describe(llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()), platform.machine())
+    return dataclasses.replace(machine, amx=machine.amx and _permits_amx())
+
+
+def _permits_amx() -> bool:
+    """Ask the system for the registers of AMX, for all threads of this process and for its children."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILES) == 0

@@ -61,6 +61,7 @@ def _storer(value_type: types.Type, narrow: Callable[[ir.IRBuilder, ir.Value], i
 
 
 store_int64 = _storer(types.int64, lambda builder, x: x)
+store_int32 = _storer(types.int64, lambda builder, x: builder.trunc(x, ir.IntType(32)))
 store_float32 = _storer(types.float32, lambda builder, x: x)
 
 

@@ -37,7 +37,8 @@ CALL, LENGTH, WORDS = OWN, OWN + 1, 40  # of the shared block
 
 def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
     """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the task."""
-    stream, divide = make_stream(form, machine, tiles), tiles["divide"].external
+    stream = make_stream(form, machine, tiles)
+    divide, configure, reset = (tiles[name].external for name in ("divide", "configure", "reset"))
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
     scratch_size, lay_out = scratch_of(form, machine)
 
@@ -151,7 +152,9 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
                 worker = fetch_add(block + 8 * WORKERS, 1)
             size = scratch_size(call)
             s = lay_out(call, own + worker * size)
+            configure(call.group)
             run_range(call, s, partials, number, word(block, LENGTH))
+            reset()
             done(block)
         leave(block)
         return 0

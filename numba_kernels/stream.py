@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
-from numba_kernels.call import PLACE_BYTES, bias_at, head_state, window
+from numba_kernels.call import bias_at, head_state, query_size_of, window
 from numba_kernels.formats import Format
 from numba_kernels.frame import WORD
 from numba_kernels.machine import Machine
@@ -19,6 +19,7 @@ from numba_kernels.native import (
     load_int32,
     native,
     store_float32,
+    store_int32,
     store_int64,
     up,
     word,
@@ -38,11 +39,12 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last, next_b, next_unit)`."""
     lanes, pack, tile = machine.lanes, form.pack, form.tile
     query_digits, itemsize = form.query_digits, form.itemsize
-    list_bytes = WORD * (tile + SERIES)  # whole lines of a series are written
+    list_bytes = WORD * tile
     series, split, score, weigh, add_values = (
         tiles[name].external for name in ("series", "split", "scores", "weigh", "values")
     )
-    parts = query_parts(form, machine)
+    query_size = query_size_of(form, machine)
+    arrange = _arrange_columns(form, machine) if form.amx else _arrange_parts(form, machine)
 
     @native
     def set_rows(call, pages, num_pages, table, b, head, first, count, zeros, rows):  # type: ignore[no-untyped-def]
@@ -63,25 +65,6 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
             series(rows + WORD * done, address, call.row_stride, here)
             done += here
         series(rows + WORD * count, zeros, 0, tile - count)
-
-    @native
-    def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
-        """Put query head g of the unit's kv head h from its plain rows into the part that it belongs to."""
-        length = up(call.head_dim, lanes * pack) // pack
-        first = 0
-        for kind in range(len(parts)):
-            heads, piece = parts[kind]
-            whole = (call.group - first) // heads * heads
-            if g < first + whole:
-                break
-            first += whole
-        first += (g - first) // heads * heads
-        to = s.query + 4 * length * query_digits * (call.group * h + first) + 4 * piece * (g - first)
-        for i in range(length // piece):
-            for digit in range(query_digits):
-                for j in range(piece // 2):
-                    store_int64(to + 8 * j, word(s.plain + 4 * (length * digit + piece * i), j))
-                to += 4 * piece * heads
 
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
@@ -133,26 +116,26 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
 
     @native
     def prepare(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
-        """The addresses of the keys and values of a tile, of the first head of a unit, in `rows` (2, T)."""
+        """The addresses of the keys and values of a tile, of the first head of a unit, in `rows` (2, T), in turn."""
         set_rows(call, call.key, call.key_pages, call.table, b, head, first, count, s.zeros, rows)
         set_values(call, s, rows, b, head, first, count)
 
     @native
-    def begin_to_fetch(call, rows, place):  # type: ignore[no-untyped-def]
-        """From the first row of a tile on: rows of all heads of a unit, since these lie side by side."""
+    def begin_to_fetch(call, s, rows):  # type: ignore[no-untyped-def]
+        """From a tile's first key to its last value: rows of all heads of a unit, since these lie side by side."""
         size = call.unit_heads * call.head_dim * itemsize
         start = word(rows, 0)
-        put_place(place, (start, start + size, rows, rows + WORD * (tile - 1), size))
+        put_place(s.place, (start, start + size, rows, rows + WORD * (2 * tile - 1), size))
 
     @native
     def advance(call, s, rows, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
         """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit."""
         values, group, head_dim = rows + list_bytes, call.group, call.head_dim
         columns, padded = up(head_dim, lanes * pack), up(group, lanes)
-        query = s.query + 4 * (columns // pack) * query_digits * group * h
+        query = s.query + query_size(call) * h
         initial, weight = s.initial + 4 * query_digits * group * h, s.weight + 4 * group * h
         head = call.head_stride * h
-        score(group, query, initial, weight, s.scores, rows, head, s.places, count, head_dim)
+        score(group, query, initial, weight, s.scores, rows, head, s.place, count, head_dim)
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
         state = s.state + head_state(call, lanes, pack) * h
@@ -162,7 +145,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                 set_values(call, s, rows, b, first_head, first, count)
             drop_masked_rows(call, s, values, b, first, count)
         fades, shares = s.factors + 8 * padded, s.factors + 12 * padded
-        add_values(group, s.weights, fades, shares, state, values, head, s.places + PLACE_BYTES, count, head_dim)
+        add_values(group, s.weights, fades, shares, state, values, head, s.place, count, head_dim)
 
     @native
     def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
@@ -178,14 +161,61 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         """Positions [first, last) of one unit of heads, into the scratch's state, and fetch what comes next."""
         first_head = unit * call.unit_heads
         begin(call, s, b, first_head)
-        rows, ahead = s.rows, s.rows + 2 * list_bytes
+        rows, ahead = s.rows, s.rows + 2 * list_bytes + WORD * SERIES
         prepare(call, s, rows, b, first_head, first, min(tile, last - first))
         for t in range(first, last, tile):
             prepare_next(call, s, ahead, b, unit, t + tile, last, next_b, next_unit)
-            begin_to_fetch(call, ahead, s.places)
-            begin_to_fetch(call, ahead + list_bytes, s.places + PLACE_BYTES)
+            begin_to_fetch(call, s, ahead)
             for h in range(call.unit_heads):
                 advance(call, s, rows, b, first_head, h, t, min(tile, last - t))
             rows, ahead = ahead, rows
 
     return stream
+
+
+def _arrange_parts(form: Format, machine: Machine) -> Any:
+    """A Numba function: put query head g of the unit's kv head h from its plain rows to where `scores` wants it."""
+    lanes, pack, query_digits, parts = machine.lanes, form.pack, form.query_digits, query_parts(form, machine)
+    query_size = query_size_of(form, machine)
+
+    @native
+    def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
+        length = up(call.head_dim, lanes * pack) // pack
+        first = 0
+        for kind in range(len(parts)):
+            heads, piece = parts[kind]
+            whole = (call.group - first) // heads * heads
+            if g < first + whole:
+                break
+            first += whole
+        first += (g - first) // heads * heads
+        to = s.query + query_size(call) * h + 4 * length * query_digits * first + 4 * piece * (g - first)
+        for i in range(length // piece):
+            for digit in range(query_digits):
+                for j in range(piece // 2):
+                    store_int64(to + 8 * j, word(s.plain + 4 * (length * digit + piece * i), j))
+                to += 4 * piece * heads
+
+    return arrange
+
+
+def _arrange_columns(form: Format, machine: Machine) -> Any:
+    """The same for the matrices of amx.py, of which every digit of a head is a column."""
+    lanes, pack, query_digits, heads, columns = (
+        machine.lanes,
+        form.pack,
+        form.query_digits,
+        form.query_heads,
+        form.query_lanes,
+    )
+    query_size = query_size_of(form, machine)
+
+    @native
+    def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
+        length = up(call.head_dim, lanes * pack) // pack
+        to = s.query + query_size(call) * h + 4 * columns * length * (g // heads) + 4 * query_digits * (g % heads)
+        for digit in range(query_digits):
+            for i in range(length):
+                store_int32(to + 4 * (columns * i + digit), load_int32(s.plain + 4 * (length * digit + i)))
+
+    return arrange

@@ -14,6 +14,7 @@ All take addresses as int64: they work on memory of XLA's and on scratch, and no
 are emitted straight as LLVM IR, into a module of their own; the Numba code sees them as external functions.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ from numba.core import cgutils
 
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
-from numba_kernels.vectors import F32, I8, I16, I32, I64, LINE, Vectors
+from numba_kernels.vectors import F32, FETCH_ONE_BY_ONE, I8, I16, I32, I64, LINE, Vectors
 
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
+TOGETHER = 4  # lines of memory that are fetched at once, where that is no slower
 SERIES = 8  # numbers of `series` in a line of memory
 # By the number of digits, with a highest digit of 127. Of three, what is left of a float32 query is below its own last
 # place.
@@ -52,9 +54,24 @@ class Tile(NamedTuple):
         return types.ExternalFunction(self.name, _INT(*[_INT] * self.arguments))
 
 
+def common(form: Format) -> dict[str, Tile]:
+    """The steps that all formats have, by name."""
+    tiles = (_series(), _split(form), _weigh(form), _divide())
+    return {tile.name: tile for tile in tiles}
+
+
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
-    """All of them, by name, for one format on one machine; what others call comes first."""
-    tiles = [_series(), _split(form), _weigh(form), _divide()]
+    """The two products, by name, for one format on one machine, and their parts before them.
+
+    scores (group, query, initial, weights, out, rows, head, place, count, head_dim): `query`, `initial` and `weights`
+    as `_split` and `query_parts` have them; `out` (heads, T) float32.
+    values (group, weights, fades, shares, out, rows, head, place, count, head_dim): the first three as `_weigh` leaves
+    them; `out` (heads, D padded) float32.
+    In both, `rows` holds the addresses of a tile's keys or values, of which `count` count, `head` is added to each, and
+    `place` is a `Place`.
+    """
+    # Before and after a thread's products: here there is nothing to do.
+    tiles = [Tile("configure", 1, lambda v, group: None), Tile("reset", 0, lambda v: None)]
     for name, kind, most in (
         ("scores", _scores, 8),
         ("values", _values, machine.registers // (8 if form.integer else 4)),
@@ -104,15 +121,15 @@ def _for_a_group(name: str, form: Format, parts: dict[int, Tile]) -> Tile:
 
 def _strides(name: str, v: Vectors, form: Format, head_dim: ir.Value) -> list[ir.Value]:
     """Bytes from a head to the next in the first four arguments of a step."""
-    padded = _padded(v, form, head_dim)
+    columns = padded(v, form, head_dim)
     if name == "scores":
-        query = v.builder.mul(padded, ir.Constant(I64, 4 // form.pack * form.query_digits))
+        query = v.builder.mul(columns, ir.Constant(I64, 4 // form.pack * form.query_digits))
         return [query, *(ir.Constant(I64, x) for x in (4 * form.query_digits, 4, 4 * form.tile))]
     weights = 4 * form.weight_digits * (form.tile // form.pack)
-    return [*(ir.Constant(I64, x) for x in (weights, 4, 4)), v.builder.mul(padded, ir.Constant(I64, 4))]
+    return [*(ir.Constant(I64, x) for x in (weights, 4, 4)), v.builder.mul(columns, ir.Constant(I64, 4))]
 
 
-def _padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
+def padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
     """D, rounded up to whole vectors of the cache's elements."""
     size = ir.Constant(I64, v.lanes * form.pack)
     more = v.builder.add(head_dim, ir.Constant(I64, v.lanes * form.pack - 1))
@@ -129,30 +146,44 @@ class Place(NamedTuple):
     size: int  # bytes of a row
 
 
-class _Fetcher:
-    """Has rows fetched into the processor's cache a line at a time, in the order in which they lie in memory.
+class Fetcher:
+    """Has rows fetched into the processor's cache, in the order in which they lie in memory.
 
     The memory must be busy all the time and never swamped: every step of the work fetches as many lines as it has time
-    for, which is as many as it reads. And every line's address is made of the last one's, without a branch that could
-    be foreseen: that keeps the fetches some cycles apart, and all at once they are slower.
+    for, which is as many as it reads. And the address of the next lines is made of that of the last ones, without a
+    branch that could be foreseen: that keeps them some cycles apart. How many may go together is the processor's.
     """
 
     def __init__(self, v: Vectors, place: ir.Value, sharing: ir.Value) -> None:
-        """`place` is where the words of a `Place` stand."""
+        """`place` is where the words of a `Place` stand; `sharing` parts share in every fetch."""
+        builder = v.builder
         self.v, self.place, self.sharing = v, place, sharing
         words = [v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields))]
-        self.line, self.end, self.row = (cgutils.alloca_once_value(v.builder, x) for x in words[:3])
+        self.line, self.end, self.row = (cgutils.alloca_once_value(builder, x) for x in words[:3])
         self.last, self.size = words[3:]
+        self.together = 1 if v.machine.cpu in FETCH_ONE_BY_ONE else TOGETHER
+        lines, most = v.over(self.size, LINE), ir.Constant(I64, self.together)
+        self.of_a_row = builder.select(builder.icmp_unsigned("<", lines, most), lines, most)
 
-    def fetch(self, lines: int) -> None:
-        """Share in fetching so many lines; after the last row, that one over and over, which costs nothing."""
+    def times(self, lines: ir.Value, sharing: ir.Value) -> ir.Value:
+        """How often to `fetch` for a part of those that share in so many lines."""
+        own = self.v.builder.mul(sharing, self.of_a_row)
+        return self.v.builder.udiv(self.v.builder.add(lines, self.v.builder.sub(own, ir.Constant(I64, 1))), own)
+
+    def share(self, lines: int) -> None:
+        """Fetch this part's share of so many lines."""
+        with self.v.builder.goto_entry_block():
+            times = self.times(ir.Constant(I64, lines), self.sharing)
+        self.fetch(times)
+
+    def fetch(self, times: ir.Value) -> None:
+        """Some lines so many times; after the last row, that one over and over, which costs nothing."""
         v, builder = self.v, self.v.builder
-        with builder.goto_entry_block():
-            share = builder.udiv(builder.add(self.sharing, ir.Constant(I64, lines - 1)), self.sharing)
-        with v.loop(share):
+        with v.loop(times):
             line = builder.load(self.line)
-            v.prefetch(line)
-            line = builder.add(line, ir.Constant(I64, LINE))
+            for i in range(self.together):
+                v.prefetch(v.address(line, i, LINE))
+            line = v.address(line, self.together, LINE)
             row = builder.load(self.row)
             ends = builder.icmp_unsigned(">=", line, builder.load(self.end))
             more = builder.icmp_unsigned("<", row, self.last)
@@ -168,7 +199,7 @@ class _Fetcher:
             self.v.store(self.v.builder.load(x), self.v.address(self.place, i, 8))
 
 
-def _walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable[..., None]) -> None:
+def walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable[..., None]) -> None:
     """`step(first, width, count)` for all elements of a row: `width` vectors of them from element `first` on.
 
     As many vectors at a time as `wide` says while there are, then half as many, and so on; then, with one vector, the
@@ -232,7 +263,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
         starts = _first_sums(v, initial, heads, digits, beside) if form.integer else [v.constant(kind, 0.0)] * vectors
         factors = v.load(weights, ir.VectorType(F32, heads))
         copies = [v.room(4 * v.lanes) for _ in range(positions)] if beside > 1 else []
-        fetcher = _Fetcher(v, *fetching)
+        fetcher = Fetcher(v, *fetching)
 
         with v.loop(blocks) as block:
             first_position = builder.mul(block, ir.Constant(I64, positions))
@@ -243,7 +274,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
 
             def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
                 offset = v.address(head, first, form.itemsize)
-                fetcher.fetch(max(1, positions * width * form.itemsize * form.pack * v.lanes // LINE))
+                fetcher.share(max(1, positions * width * form.itemsize * form.pack * v.lanes // LINE))
                 at = v.address(query, first, 4 // form.pack * heads * digits)
                 for i in range(width):
                     keys = [builder.add(row, offset) for row in here]
@@ -266,13 +297,13 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                                 total = totals[k][p]
                                 builder.store(v.dot(builder.load(total), q, read, form.pack, "b"), total)
 
-            _walk(v, form, head_dim, max(1, LINE // (v.lanes * form.pack * form.itemsize)), step)
+            walk(v, form, head_dim, max(1, LINE // (v.lanes * form.pack * form.itemsize)), step)
             for begin in range(0, heads // beside * positions, piece):
                 found = []
                 for digit in range(digits):
                     sums = [x for k in range(heads // beside) for x in totals[digit * heads // beside + k]]
                     found.append(v.sums([builder.load(x) for x in sums[begin : begin + piece]], piece))
-                score = _digits_together(v, form, found)
+                score = digits_together(v, form, found)
                 each = score.type.count // beside  # of the sums begin, begin + 1 ... of a head at this place
                 places = [divmod(begin + i, positions) for i in range(each)]
                 which = [k * beside + h for h in range(beside) for k, _ in places]
@@ -301,11 +332,10 @@ def _first_sums(v: Vectors, initial: ir.Value, heads: int, digits: int, beside: 
     return vectors
 
 
-def _digits_together(v: Vectors, form: Format, digits: list[ir.Value]) -> ir.Value:
-    """Sums of digits, the highest first, as float32: high * 2**16 + middle * 2**8 + low."""
+def digits_together(v: Vectors, form: Format, digits: list[ir.Value]) -> ir.Value:
+    """Sums of digits, the highest first, as float32: of bytes high * 2**16 + middle * 2**8 + low."""
     if not form.integer:
-        (total,) = digits
-        return total
+        return functools.reduce(v.builder.fadd, reversed(digits))
     kind = ir.VectorType(F32, digits[0].type.count)
     total, *lower = (v.builder.sitofp(digit, kind) for digit in digits)
     for digit in lower:
@@ -335,7 +365,7 @@ def _split(form: Format) -> Tile:
 
     def body(v: Vectors, query: Any, scale: Any, initial: Any, weight: Any, plain: Any, head_dim: Any) -> None:
         builder, size = v.builder, 4 * v.lanes
-        vectors = builder.udiv(_padded(v, form, head_dim), ir.Constant(I64, v.lanes))
+        vectors = builder.udiv(padded(v, form, head_dim), ir.Constant(I64, v.lanes))
         row = builder.mul(vectors, ir.Constant(I64, size // form.pack))
 
         def read(i: ir.Value) -> ir.Value:
@@ -491,6 +521,24 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
     return summed
 
 
+def fold(v: Vectors, form: Format, parts: list[ir.Value], fade: ir.Value, share: ir.Value, out: ir.Value) -> None:
+    """out = fade * out + share * parts: the sums of a tile, as float32, of the vectors that `interleave` gives.
+
+    The rest are addresses. A factor of 0 forgets even a NaN.
+    """
+    builder = v.builder
+    fade, share = (v.load(x, F32) for x in (fade, share))
+    if form.integer:
+        share = builder.fmul(share, ir.Constant(F32, 1.0 / _weight_of_one(form)))
+    fade, share, zero = v.splat(fade), v.splat(share), v.constant(v.floats, 0.0)
+    forget, ignore = (builder.fcmp_ordered("==", x, zero) for x in (fade, share))
+    for i, part in enumerate(v.in_order(parts)):
+        at = v.address(out, i, 4 * v.lanes)
+        part = builder.select(ignore, zero, builder.fmul(part, share))
+        old = builder.select(forget, zero, v.load(at, v.floats))
+        v.store(v.float_function("fma", old, fade, part), at)
+
+
 def _values(form: Format, machine: Machine, heads: int) -> Tile:
     """(weights, fades, shares, out, rows, head, *fetching, count, head_dim): the outputs of `heads` query heads.
 
@@ -506,8 +554,8 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
         *fetching, positions, head_dim = rest
         builder, size = v.builder, 4 * v.lanes
         kind = v.ints if form.integer else v.floats
-        columns = _padded(v, form, head_dim)
-        fetcher = _Fetcher(v, *fetching)
+        columns = padded(v, form, head_dim)
+        fetcher = Fetcher(v, *fetching)
         groups = builder.udiv(builder.add(positions, ir.Constant(I64, form.pack - 1)), ir.Constant(I64, form.pack))
 
         def products(first: ir.Value, width: int, count: ir.Value | None, which: range) -> list[list[list[ir.Value]]]:
@@ -522,7 +570,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             with v.loop(groups) as group:
                 place = v.address(rows, group, 8 * form.pack)
                 here = [v.load(v.address(place, i, 8), I64) for i in range(form.pack)]
-                fetcher.fetch(max(1, len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
+                fetcher.share(max(1, len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
                 lines = v.address(weights, group, 4)
                 lanes = [
                     [v.splat(v.load(v.address(lines, (h * digits + i) * tile_lanes, 4), I32)) for i in range(digits)]
@@ -538,7 +586,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                                 product = v.dot(builder.load(total), lanes[h][digit], found[column], form.pack, "a")
                                 builder.store(product, total)
             return [
-                [[_digits_together(v, form, [builder.load(x) for x in column]) for column in strip] for strip in head]
+                [[digits_together(v, form, [builder.load(x) for x in column]) for column in strip] for strip in head]
                 for head in totals
             ]
 
@@ -547,23 +595,15 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                 products(first, width, count, range(begin, begin + at_once)) for begin in range(0, form.pack, at_once)
             ]
             for h in range(heads):
-                fade, share = (v.load(v.address(base, h, 4), F32) for base in (fades, shares))
-                if form.integer:
-                    share = builder.fmul(share, ir.Constant(F32, 1.0 / _weight_of_one(form)))
-                fade, share, zero = v.splat(fade), v.splat(share), v.constant(v.floats, 0.0)
-                forget, ignore = (builder.fcmp_ordered("==", x, zero) for x in (fade, share))
                 line = builder.add(
                     out, builder.mul(builder.add(builder.mul(columns, ir.Constant(I64, h)), first), ir.Constant(I64, 4))
                 )
                 for strip in range(width):
                     parts = [part for half in halves for part in half[h][strip]]
-                    for i, part in enumerate(v.in_order(parts)):
-                        at = v.address(line, strip * form.pack + i, size)
-                        part = builder.select(ignore, zero, builder.fmul(part, share))
-                        old = builder.select(forget, zero, v.load(at, v.floats))
-                        v.store(v.float_function("fma", old, fade, part), at)
+                    at = v.address(line, strip * form.pack, size)
+                    fold(v, form, parts, v.address(fades, h, 4), v.address(shares, h, 4), at)
 
-        _walk(v, form, head_dim, wide, step)
+        walk(v, form, head_dim, wide, step)
         fetcher.keep()
 
     return Tile(f"values{heads}", 10, body)

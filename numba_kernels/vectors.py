@@ -24,6 +24,8 @@ LINE = 64  # bytes of a cache line
 # Lines are fetched into the second-level cache, which has room, and more fetches under way; but into the first-level
 # cache of these processors, where that is faster.
 FETCH_TO_FIRST_LEVEL = ("znver5",)
+# Of these processors the memory is slower when several lines are asked for at once.
+FETCH_ONE_BY_ONE = ("znver4", "znver5")
 
 
 class Vectors:
@@ -48,6 +50,10 @@ class Vectors:
         """base + index * size, in bytes."""
         index = ir.Constant(I64, index) if isinstance(index, int) else index
         return self.builder.add(base, self.builder.mul(index, ir.Constant(I64, size)))
+
+    def over(self, count: ir.Value, size: int) -> ir.Value:
+        """count / size, rounded up."""
+        return self.builder.udiv(self.builder.add(count, ir.Constant(I64, size - 1)), ir.Constant(I64, size))
 
     def load(self, address: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
         """What lies at an address."""
@@ -197,6 +203,19 @@ class Vectors:
             return alternate(sums[0], sums[1], 4)
         first, second = alternate(sums[0], sums[1], 4), alternate(sums[2], sums[3], 4)
         return [x for a, b in zip(first, second, strict=True) for x in alternate(a, b, 8)]
+
+    def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """As many vectors as there are lanes: lane i of vector j is lane j of vector i."""
+        rows, n = list(rows), self.lanes
+        for distance in (1 << i for i in range(n.bit_length() - 1)):
+            lanes = range(n)
+            low = [i if not i & distance else n + i - distance for i in lanes]
+            high = [i + distance if not i & distance else n + i for i in lanes]
+            for i in lanes:
+                if not i & distance:
+                    a, b = rows[i], rows[i + distance]
+                    rows[i], rows[i + distance] = self.shuffle(a, b, low), self.shuffle(a, b, high)
+        return rows
 
     def sums(self, vectors: Sequence[ir.Value], block: int) -> ir.Value:
         """The sums of every `block` lanes by themselves, of at most as many vectors.

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -14,11 +15,13 @@ from cases import TOLERANCE, Case, assert_close, run_reference
 
 import numba_kernels
 from jax_ifa import incre_flash_attention
-from numba_kernels import build, launch
-from numba_kernels.formats import format_of
+from numba_kernels import build, formats, launch
+from numba_kernels import machine as machine_module
+from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, describe, this_machine
 
 AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
+AMX = AVX512 | dict.fromkeys(("amx-tile", "amx-bf16", "amx-int8"), True)
 ARM = {"neon": True, "bf16": True, "i8mm": True, "fp-armv8": True, "fullfp16": True, "dotprod": True}
 
 
@@ -57,6 +60,24 @@ class TestMachine:
         assert machine.int8_dot == "llvm.aarch64.neon.usdot.v4i32.v16i8"
         assert describe("cortex-a72", {"neon": True}, "aarch64").int8_dot is None
 
+    def test_matrices_for_large_groups(self) -> None:
+        machine = describe("sapphirerapids", AMX, "x86_64")
+        assert machine.amx
+        assert not describe("sapphirerapids", AMX | {"amx-int8": False}, "x86_64").amx
+        for dtype in ("bfloat16", "int8"):
+            assert format_of(dtype, False, machine, group=8).amx
+            assert not format_of(dtype, False, machine, group=4).amx
+            assert not format_of(dtype, False, describe("znver4", AVX512, "x86_64"), group=8).amx
+        assert not format_of("bfloat16", True, machine, group=8).amx
+        assert not format_of("float32", False, machine, group=8).amx
+
+    def test_matrices_only_where_the_system_permits_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine_module, "_permits_amx", lambda: False)
+        assert not this_machine.__wrapped__().amx
+        monkeypatch.undo()
+        monkeypatch.setattr(machine_module.sys, "platform", "darwin")
+        assert not machine_module._permits_amx()
+
     def test_narrow_products_only_where_they_keep_the_precision(self) -> None:
         machine = describe("znver4", AVX512, "x86_64")
         assert format_of("bfloat16", False, machine).pack == 2
@@ -86,8 +107,12 @@ FEWER_DIGITS = [
 @pytest.mark.parametrize("case", FEWER_DIGITS, ids=str)
 def test_where_16_bits_are_kept_of_the_result(case: Case) -> None:
     """The grid asks for the LSE, which is float32."""
+    assert_out_close(case)
+
+
+def assert_out_close(case: Case) -> None:
     args, kwargs = case.inputs()
-    out = incre_flash_attention(*args, implementation="numba", **kwargs)
+    out = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*args)
     expected, _ = run_reference(args, kwargs)
     tolerance = TOLERANCE[case.dtype] * max(1.0, np.abs(expected).max())
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0, atol=tolerance)
@@ -137,6 +162,45 @@ def test_processors_that_offer_less(lesser: dict, case: Case, monkeypatch: pytes
     monkeypatch.setattr(launch, "this_machine", lambda: machine)
     (out, lse), args, kwargs = call(case)
     assert_close(out, lse, args, kwargs)
+
+
+MATRICES = [
+    SMALL[0],
+    SMALL[2],
+    SMALL[4],
+    *FEWER_DIGITS,
+    Case(dtype="bfloat16", heads=40, kv_heads=2, capacity=200, head_dim=80, block=16, lengths="zero"),
+    Case(int8=True, dtype="bfloat16", layout="BSND", heads=44, kv_heads=2, capacity=333, head_dim=200, padding=17),
+    Case(int8=True, heads=16, kv_heads=2, batch=3, capacity=5000, head_dim=64, lengths=(5000, 3, 2777)),
+    Case(dtype="bfloat16", heads=8, kv_heads=1, batch=3, capacity=5000, head_dim=128, lengths=(5000, 3, 2777)),
+]
+
+
+@pytest.mark.skipif(not this_machine().amx, reason="this processor has no AMX")
+@pytest.mark.parametrize("narrow", [False, True], ids=["lse", "no lse"])
+@pytest.mark.parametrize("case", MATRICES, ids=str)
+def test_matrices(case: Case, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size of group, by AMX."""
+    monkeypatch.setattr(formats, "LEAST_AMX_GROUP", 1)
+    chosen: list[Format] = []
+    monkeypatch.setattr(launch, "format_of", lambda *args: chosen.append(format_of(*args)) or chosen[-1])
+    if narrow:
+        assert_out_close(case)
+    else:
+        (out, lse), args, kwargs = call(case)
+        assert_close(out, lse, args, kwargs)
+    assert {form.amx for form in chosen} == {True}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_compiles_for_amx(dtype: str, narrow: bool) -> None:
+    machine = describe("sapphirerapids", AMX, "x86_64")
+    form = format_of(dtype, False, machine, narrow, group=8)
+    code = build.compile_object(form, machine, "x86_64-unknown-linux-gnu")
+    assert code[:4] == b"\x7fELF"
+    # The number of the product's instruction, behind the prefix that says which kind of numbers it takes.
+    assert re.search({"bfloat16": rb"\xc4\xe2.\x5c", "int8": rb"\xc4\xe2.\x5e"}[dtype], code, re.DOTALL)
 
 
 @pytest.mark.parametrize(("dtype", "precise"), [("bfloat16", False), ("int8", False), ("float16", True)])
