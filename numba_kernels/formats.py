@@ -57,6 +57,11 @@ class Format:
         return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.dtype]
 
     @property
+    def converted(self) -> bool:
+        """Whether elements become float32 when they are read."""
+        return self.pack == 1 and self.dtype != "float32"
+
+    @property
     def integer(self) -> bool:
         """Whether the product accumulates in int32."""
         return self.pack == 4

@@ -223,9 +223,9 @@ def _beside(form: Format, machine: Machine, heads: int) -> int:
     """R: query heads whose products `scores` has side by side in a vector, in lanes / R lanes each.
 
     Sums of fewer lanes are sooner put together; but a key is read in pieces of so many lanes, R times into a vector,
-    and every reading is to serve two products at least. What is converted is not read so.
+    and every reading is to serve two products at least. What is converted is copied for that, which eight heads pay.
     """
-    if form.pack == 1 and form.dtype != "float32":
+    if form.converted and heads < 8:
         return 1
     return _power_of_two(min(heads, machine.lanes // 4, heads * form.query_digits // 2))
 
@@ -278,18 +278,20 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                 at = v.address(query, first, 4 // form.pack * heads * digits)
                 for i in range(width):
                     keys = [builder.add(row, offset) for row in here]
-                    if beside > 1 and count is not None:  # in pieces, nothing behind the row may be read
+                    # What is read in pieces is a copy where it must be converted, or ends in the middle of a vector.
+                    pieces = [v.address(key, i, 4 * v.lanes) for key in keys]
+                    if beside > 1 and (form.converted or count is not None):
                         for key, copy in zip(keys, copies, strict=True):
                             v.store(v.load_lanes(form, key, i, count), copy)
-                        keys = copies
+                        pieces = copies
                     for j in range(beside):
                         place = v.address(at, (i * beside + j) * vectors, 4 * v.lanes)
                         queries = [v.load(v.address(place, k, 4 * v.lanes), v.ints) for k in range(vectors)]
-                        for p, key in enumerate(keys):
+                        for p, (key, at_piece) in enumerate(zip(keys, pieces, strict=True)):
                             if beside == 1:
                                 read = v.load_lanes(form, key, i, count)
                             else:
-                                part = v.load(v.address(key, i * beside + j, 4 * piece), ir.VectorType(I32, piece))
+                                part = v.load(v.address(at_piece, j, 4 * piece), ir.VectorType(I32, piece))
                                 read = v.shuffle(part, part, [*range(piece)] * beside)
                             if form.integer:
                                 read = builder.xor(read, v.constant(v.ints, 0x80808080 - 2**32))

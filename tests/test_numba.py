@@ -164,6 +164,23 @@ def test_processors_that_offer_less(lesser: dict, case: Case, monkeypatch: pytes
     assert_close(out, lse, args, kwargs)
 
 
+@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_eight_heads_side_by_side(dtype: str, head_dim: int) -> None:
+    """The largest part of a group, whole vectors of a row and what is left of it; bfloat16 is converted."""
+    case = Case(
+        dtype="float32" if dtype == "int8" else dtype,
+        int8=dtype == "int8",
+        heads=24,
+        kv_heads=2,
+        head_dim=head_dim,
+        capacity=90,
+        inner_precise=0,
+    )
+    (out, lse), args, kwargs = call(case)
+    assert_close(out, lse, args, kwargs)
+
+
 MATRICES = [
     SMALL[0],
     SMALL[2],
