@@ -76,11 +76,12 @@ def _chains_of_vectors(v: Vectors, form: Format, address: ir.Value, steps: ir.Va
 
 
 def _chains_of_matrices(v: Vectors, form: Format, steps: ir.Value) -> None:
-    amx.make(form)["configure"].body(v, ir.Constant(I64, 16))
+    found = v.room(64)
+    amx.make(form)["configure"].body(v, ir.Constant(I64, 16), found)
     *totals, a, b = range(8)
     for register in range(8):
         amx.instruction(v, "tilezero", register)
     with v.loop(steps):
         for i in range(CHAINS):
             amx.instruction(v, amx.SIGNED if form.integer else amx.BFLOAT16, totals[i % len(totals)], a, b)
-    amx.instruction(v, "tilerelease")
+    amx.make(form)["reset"].body(v, found)

@@ -3,7 +3,7 @@
     configure  before a thread's first product: how large the matrices are
     scores     as in tiles.py
     values     as in tiles.py
-    reset      after the last: the processor need not keep the matrices any more
+    reset      after the last: as it was before
 
 A matrix register has 16 rows of 64 bytes, and one instruction multiplies two of them:
 
@@ -55,9 +55,9 @@ def _store(v: Vectors, register: int, address: ir.Value) -> None:
 
 
 def _configure(form: Format) -> Tile:
-    """(group,): the registers' sizes, for groups of so many heads."""
+    """(group, found): the registers' sizes, for groups of so many heads; those that this thread had are kept."""
 
-    def body(v: Vectors, group: Any) -> None:
+    def body(v: Vectors, group: Any, found: Any) -> None:
         builder = v.builder
         most = ir.Constant(I64, ROWS // form.weight_digits)
         heads = builder.select(builder.icmp_signed("<", group, most), group, most)
@@ -68,13 +68,20 @@ def _configure(form: Format) -> Tile:
         v.store(ir.Constant(ir.VectorType(I8, LINE), sizes), place)
         for register in (*SUMS, WEIGHTS):
             v.store(rows, v.address(place, 48 + register, 1))
-        instruction(v, "ldtilecfg", builder.inttoptr(place, I8.as_pointer()))
+        _sizes(v, "sttilecfg", found)
+        _sizes(v, "ldtilecfg", place)
 
-    return Tile("configure", 1, body)
+    return Tile("configure", 2, body)
 
 
 def _reset() -> Tile:
-    return Tile("reset", 0, lambda v: instruction(v, "tilerelease"))
+    """(found,): what this thread had: some libraries configure a thread once for all. Nothing, for most."""
+    return Tile("reset", 1, lambda v, found: _sizes(v, "ldtilecfg", found))
+
+
+def _sizes(v: Vectors, name: str, address: ir.Value) -> None:
+    """Store or load the registers' sizes: 64 bytes, all 0 where there are none."""
+    instruction(v, name, v.builder.inttoptr(address, I8.as_pointer()))
 
 
 class _Keys:

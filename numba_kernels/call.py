@@ -154,6 +154,7 @@ class Scratch(NamedTuple):
     state: int  # (unit_heads, head_state) bytes
     place: int  # `Place`: where fetching stands
     rows: int  # (2, (2, T) and a line) addresses of keys and values of this tile and the next, of a unit's first head
+    matrices: int  # 64 bytes: the sizes of matrices that `configure` found, for `reset`
     zeros: int  # a row of the cache that is all 0, of all heads of a unit
     size: int  # bytes in all
 
@@ -196,9 +197,10 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         state = up(factors + 16 * up(call.group, lanes), line)
         place = up(state + call.unit_heads * head_state(call, lanes, pack), line)
         rows = up(place + PLACE_BYTES, line)
-        zeros = up(rows + WORD * 2 * (2 * tile + SERIES), line)
+        matrices = up(rows + WORD * 2 * (2 * tile + SERIES), line)
+        zeros = matrices + line
         end = up(zeros + call.unit_heads * itemsize * call.head_dim, line)
-        return plain, query, initial, weight, scores, weights, factors, state, place, rows, zeros, end - base
+        return plain, query, initial, weight, scores, weights, factors, state, place, rows, matrices, zeros, end - base
 
     @native
     def size_for(call):  # type: ignore[no-untyped-def]

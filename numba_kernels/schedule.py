@@ -152,9 +152,9 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
                 worker = fetch_add(block + 8 * WORKERS, 1)
             size = scratch_size(call)
             s = lay_out(call, own + worker * size)
-            configure(call.group)
+            configure(call.group, s.matrices)
             run_range(call, s, partials, number, word(block, LENGTH))
-            reset()
+            reset(s.matrices)
             done(block)
         leave(block)
         return 0

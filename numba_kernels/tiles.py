@@ -71,7 +71,7 @@ def make(form: Format, machine: Machine) -> dict[str, Tile]:
     `place` is a `Place`.
     """
     # Before and after a thread's products: here there is nothing to do.
-    tiles = [Tile("configure", 1, lambda v, group: None), Tile("reset", 0, lambda v: None)]
+    tiles = [Tile("configure", 2, lambda v, group, found: None), Tile("reset", 1, lambda v, found: None)]
     for name, kind, most in (
         ("scores", _scores, 8),
         ("values", _values, machine.registers // (8 if form.integer else 4)),

@@ -1,5 +1,6 @@
 """The Numba implementation: what is its own, beyond the grid that it shares with the others."""
 
+import ctypes
 import os
 import pathlib
 import re
@@ -9,16 +10,18 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from cases import TOLERANCE, Case, assert_close, run_reference
 
 import numba_kernels
 from jax_ifa import incre_flash_attention
-from numba_kernels import build, formats, launch
+from numba_kernels import amx, build, formats, launch
 from numba_kernels import machine as machine_module
 from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, describe, this_machine
+from numba_kernels.tiles import Tile, module_of
 
 AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
 AMX = AVX512 | dict.fromkeys(("amx-tile", "amx-bf16", "amx-int8"), True)
@@ -207,6 +210,32 @@ def test_matrices(case: Case, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> 
         (out, lse), args, kwargs = call(case)
         assert_close(out, lse, args, kwargs)
     assert {form.amx for form in chosen} == {True}
+
+
+@pytest.mark.skipif(not this_machine().amx, reason="this processor has no AMX")
+def test_matrices_of_others_are_left_as_they_were() -> None:
+    """Some libraries configure AMX once for all calls on a thread."""
+    machine = this_machine()
+    steps = amx.make(format_of("int8", False, machine, group=8))
+    for name in ("ldtilecfg", "sttilecfg"):
+        steps[name] = Tile(name, 1, lambda v, address, name=name: amx._sizes(v, name, address))
+    engine = build.native_engine(llvm.parse_assembly(str(module_of(steps, machine))), machine)
+
+    def run(name: str, *arguments: int) -> None:
+        kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(arguments))
+        kind(engine.get_function_address(name))(*arguments)
+
+    sizes = np.zeros(64, np.uint8)
+    sizes[0], sizes[16:20:2], sizes[48:50] = 1, 32, 5
+    found, now = np.zeros(64, np.uint8), np.zeros(64, np.uint8)
+    for before in (sizes, np.zeros(64, np.uint8)):
+        run("ldtilecfg", before.ctypes.data)
+        run("configure", 8, found.ctypes.data)
+        run("sttilecfg", now.ctypes.data)
+        assert (now != before).any()
+        run("reset", found.ctypes.data)
+        run("sttilecfg", now.ctypes.data)
+        np.testing.assert_array_equal(now, before)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
