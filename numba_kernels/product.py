@@ -23,7 +23,7 @@ from numba_kernels.blocks import BlockMatrix
 from numba_kernels.machine import Machine, this_machine
 from numba_kernels.targets import builds, registered
 
-MOST_ROWS = 64  # of x: with more XLA's product is faster
+MOST_ROWS = 64  # of x: the most that were compared; a step of 64 took 0.84 to 0.91 of the time of XLA's products
 
 
 def row_product(x: Array, matrix: Array | BlockMatrix) -> Array:
