@@ -162,28 +162,31 @@ class Fetcher:
         self.line, self.end, self.row = (cgutils.alloca_once_value(builder, x) for x in words[:3])
         self.last, self.size = words[3:]
         self.together = 1 if v.machine.cpu in FETCH_ONE_BY_ONE else TOGETHER
-        lines, most = v.over(self.size, LINE), ir.Constant(I64, self.together)
-        self.of_a_row = builder.select(builder.icmp_unsigned("<", lines, most), lines, most)
+        self.of_a_row = v.over(self.size, LINE)
 
-    def times(self, lines: ir.Value, sharing: ir.Value) -> ir.Value:
+    def times(self, lines: ir.Value, sharing: ir.Value, together: int = 0) -> ir.Value:
         """How often to `fetch` for a part of those that share in so many lines."""
-        own = self.v.builder.mul(sharing, self.of_a_row)
-        return self.v.builder.udiv(self.v.builder.add(lines, self.v.builder.sub(own, ir.Constant(I64, 1))), own)
+        builder, most = self.v.builder, ir.Constant(I64, together or self.together)
+        each = builder.select(builder.icmp_unsigned("<", self.of_a_row, most), self.of_a_row, most)
+        own = builder.mul(sharing, each)
+        return builder.udiv(builder.add(lines, builder.sub(own, ir.Constant(I64, 1))), own)
 
     def share(self, lines: int) -> None:
         """Fetch this part's share of so many lines."""
+        together = min(self.together, lines)
         with self.v.builder.goto_entry_block():
-            times = self.times(ir.Constant(I64, lines), self.sharing)
-        self.fetch(times)
+            times = self.times(ir.Constant(I64, lines), self.sharing, together)
+        self.fetch(times, together)
 
-    def fetch(self, times: ir.Value) -> None:
+    def fetch(self, times: ir.Value, together: int = 0) -> None:
         """Some lines so many times; after the last row, that one over and over, which costs nothing."""
         v, builder = self.v, self.v.builder
+        together = together or self.together
         with v.loop(times):
             line = builder.load(self.line)
-            for i in range(self.together):
+            for i in range(together):
                 v.prefetch(v.address(line, i, LINE))
-            line = v.address(line, self.together, LINE)
+            line = v.address(line, together, LINE)
             row = builder.load(self.row)
             ends = builder.icmp_unsigned(">=", line, builder.load(self.end))
             more = builder.icmp_unsigned("<", row, self.last)
