@@ -2,6 +2,7 @@
 
     configure  before a thread's first product: how large the matrices are
     scores     as in tiles.py
+    weigh      as in tiles.py
     values     as in tiles.py
     reset      after the last: as it was before
 
@@ -10,30 +11,47 @@ A matrix register has 16 rows of 64 bytes, and one instruction multiplies two of
     out[i, j] += sum_k a[i, k] * b[k, j]        16 rows i, 16 columns j, 16 lanes k of two bfloat16 or four int8
 
 where row k of b has lane k of all 16 columns side by side. Scores have positions as rows, which are loaded from the
-cache as they lie there, and digits of query heads as columns. Values have digits of the weights of heads as rows and
-elements of values as columns; for them the rows of `pack` positions are interleaved, as in tiles.py.
+cache as they lie there, and digits of query heads as columns.
+
+Values have digits of the weights of heads as rows and elements of values as columns. Those of int8 are interleaved for
+that, four positions in a lane, as in tiles.py. Rows of bfloat16 are loaded as they lie: a lane has two elements of one
+position then, and the weights are there twice, beside a zero for the other element: one row has the sums of all even
+elements and another of the odd ones. With four elements in a lane there would be four times as many products.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
 
 from numba_kernels.formats import Format
-from numba_kernels.tiles import Fetcher, Tile, digits_together, fold, padded, walk
+from numba_kernels.tiles import Fetcher, Tile, digits_together, fold, padded, walk, weigh
 from numba_kernels.vectors import F32, I8, I32, I64, LINE, Vectors
 
 ROWS = 16  # of a matrix, of one cache line each
 MATRIX = ROWS * LINE  # bytes
-# The registers. The first three have as many rows as there are digits of weights.
-SUMS, WEIGHTS, VALUES = (0, 1), 2, (3, 4)
-SCORES, KEYS, QUERY = (3, 4), (5, 6), 7
+# The registers.
+SUMS, WEIGHTS, VALUES = (0, 1, 2, 3), 4, (5, 6)
+SCORES, QUERY, KEYS = (0, 1, 2, 3), 4, (5, 6)
 SIGNED, UNSIGNED_A, BFLOAT16 = "tdpbssd", "tdpbusd", "tdpbf16ps"
+WIDTH = 4  # lines of a row that are found together
+# The lines of the next tile are fetched all the time, so many percent of them in each part of the work; the numbers
+# that these are at a time are rounded up. If many were asked for at once, all else would wait for them.
+PERCENT = {"keys": 20, "order": 12, "weigh": 15, "values": 25, "fold": 20}
 
 
 def make(form: Format) -> dict[str, Tile]:
-    """The steps by name; `scores` and `values` take what those of tiles.py do."""
-    tiles = (_configure(form), _reset(), _scores(form), _values(form))
+    """The steps by name; `scores`, `weigh` and `values` take what those of tiles.py do."""
+    tiles = (_configure(), _reset(), _scores(form), weigh(form, PERCENT["weigh"], stay_awake), _values(form))
     return {tile.name: tile for tile in tiles}
+
+
+def stay_awake(v: Vectors) -> None:
+    """A product of no use. About 1100 cycles after the last one the unit goes to sleep, and takes some 800 to wake.
+
+    It does not come for free either (50 to 150 cycles among vector instructions), so it is not to be overdone.
+    """
+    instruction(v, BFLOAT16, SUMS[0], WEIGHTS, VALUES[0])
 
 
 def instruction(v: Vectors, name: str, *arguments: ir.Value | int) -> None:
@@ -54,20 +72,14 @@ def _store(v: Vectors, register: int, address: ir.Value) -> None:
     instruction(v, "tilestored64", register, v.builder.inttoptr(address, I8.as_pointer()), ir.Constant(I64, LINE))
 
 
-def _configure(form: Format) -> Tile:
-    """(group, found): the registers' sizes, for groups of so many heads; those that this thread had are kept."""
+def _configure() -> Tile:
+    """(group, found): the registers' sizes; those that this thread had are kept."""
 
     def body(v: Vectors, group: Any, found: Any) -> None:
-        builder = v.builder
-        most = ir.Constant(I64, ROWS // form.weight_digits)
-        heads = builder.select(builder.icmp_signed("<", group, most), group, most)
-        rows = builder.trunc(builder.mul(heads, ir.Constant(I64, form.weight_digits)), I8)
         # Byte 0: the kind of registers. From 16 on the bytes of a row, 16 bits each; from 48 on the rows.
         sizes = [1] + [0] * 15 + [LINE, 0] * 8 + [0] * 16 + [ROWS] * 8 + [0] * 8
         place = v.room(LINE)
         v.store(ir.Constant(ir.VectorType(I8, LINE), sizes), place)
-        for register in (*SUMS, WEIGHTS):
-            v.store(rows, v.address(place, 48 + register, 1))
         _sizes(v, "sttilecfg", found)
         _sizes(v, "ldtilecfg", place)
 
@@ -84,34 +96,86 @@ def _sizes(v: Vectors, name: str, address: ir.Value) -> None:
     instruction(v, name, v.builder.inttoptr(address, I8.as_pointer()))
 
 
-class _Keys:
-    """The keys of 16 positions, whose addresses stand one after another."""
+class _Rows:
+    """Matrices of the cache's rows as they lie there, of 16 positions each."""
 
-    def __init__(self, v: Vectors, rows: ir.Value) -> None:
-        builder, kind = v.builder, ir.VectorType(I64, ROWS)
-        self.v, self.rows = v, rows
-        addresses = v.load(rows, kind)
-        self.first, second = (builder.extract_element(addresses, ir.Constant(I32, i)) for i in (0, 1))
-        self.stride = builder.sub(second, self.first)
-        steps = builder.mul(v.splat(self.stride, ROWS), ir.Constant(kind, list(range(ROWS))))
-        same = builder.icmp_signed("==", addresses, builder.add(v.splat(self.first, ROWS), steps))
-        all_of_them = ir.Constant(ir.IntType(ROWS), 2**ROWS - 1)
-        self.even = builder.icmp_unsigned("==", builder.bitcast(same, all_of_them.type), all_of_them)
-        self.copy = v.room(MATRIX)
+    def __init__(self, v: Vectors, form: Format, rows: ir.Value) -> None:
+        """`rows` holds the addresses of a tile's."""
+        builder, kind, matrices = v.builder, ir.VectorType(I64, ROWS), form.tile // ROWS
+        self.v, self.form, self.rows = v, form, rows
+        self.copy = v.room(WIDTH * LINE * form.tile)
+        # From one row to the next, 0 where that differs; and for the lines that were found where they are.
+        self.distances, self.starts, self.strides = (v.room(8 * matrices) for _ in range(3))
+        for i in range(matrices):
+            addresses = v.load(v.address(rows, i * ROWS, 8), kind)
+            first, second = (builder.extract_element(addresses, ir.Constant(I32, j)) for j in (0, 1))
+            distance = builder.sub(second, first)
+            steps = builder.mul(v.splat(distance, ROWS), ir.Constant(kind, list(range(ROWS))))
+            same = builder.icmp_signed("==", addresses, builder.add(v.splat(first, ROWS), steps))
+            all_of_them = ir.Constant(ir.IntType(ROWS), 2**ROWS - 1)
+            even = builder.icmp_unsigned("==", builder.bitcast(same, all_of_them.type), all_of_them)
+            v.store(builder.select(even, distance, ir.Constant(I64, 0)), v.address(self.distances, i, 8))
 
-    def load(self, register: int, offset: ir.Value, left: ir.Value) -> None:
-        """64 bytes of each key from `offset` on, or zeros behind those that are `left`."""
+    def find(self, matrices: ir.Value, offset: ir.Value, width: int, some: ir.Value | None) -> None:
+        """Find `width` lines of each row from `offset` on, or one of `some` elements, where `load` has them.
+
+        They are copied where rows are not at equal distances, or end in the middle of a line.
+        """
         v, builder = self.v, self.v.builder
-        whole = builder.icmp_signed(">=", left, ir.Constant(I64, LINE))
-        with builder.if_else(builder.and_(whole, self.even)) as (there, elsewhere):
-            with there:
-                _load(v, register, builder.add(self.first, offset), self.stride)
-            with elsewhere:
+        with v.loop(matrices) as matrix:
+            rows = v.address(self.rows, matrix, 8 * ROWS)
+            distance = v.load(v.address(self.distances, matrix, 8), I64)
+            v.store(builder.add(v.load(rows, I64), offset), v.address(self.starts, matrix, 8))
+            v.store(distance, v.address(self.strides, matrix, 8))
+            uneven = builder.icmp_signed("==", distance, ir.Constant(I64, 0))
+            with builder.if_then(uneven if some is None else ir.Constant(ir.IntType(1), 1)):
+                own = v.address(self.copy, matrix, width * MATRIX)
                 with v.loop(ir.Constant(I64, ROWS)) as i:
-                    key = v.load(v.address(self.rows, i, 8), I64)
-                    part = v.load_first(builder.add(key, offset), ir.VectorType(I8, LINE), left)
-                    v.store(part, v.address(self.copy, i, LINE))
-                _load(v, register, self.copy, LINE)
+                    row = builder.add(v.load(v.address(rows, i, 8), I64), offset)
+                    for strip in range(width):
+                        line = v.load_lanes(self.form, row, strip, some)
+                        v.store(line, v.address(v.address(own, i, width * LINE), strip, LINE))
+                v.store(own, v.address(self.starts, matrix, 8))
+                v.store(ir.Constant(I64, width * LINE), v.address(self.strides, matrix, 8))
+
+    def load(self, register: int, matrix: ir.Value, strip: int) -> None:
+        """One of the lines that were found, of each row of a matrix."""
+        start, stride = (self.v.load(self.v.address(x, matrix, 8), I64) for x in (self.starts, self.strides))
+        _load(self.v, register, self.v.address(start, strip, LINE), stride)
+
+
+class _Interleaved:
+    """Matrices of the cache's rows with `pack` positions side by side in a lane, of `pack` * 16 positions each."""
+
+    width = 2  # lines of a row that are found together: one is not worked on as soon as it has been stored
+
+    def __init__(self, v: Vectors, form: Format, rows: ir.Value, fetcher: Fetcher) -> None:
+        """`rows` holds the addresses of a tile's."""
+        self.v, self.form, self.rows, self.fetcher = v, form, rows, fetcher
+        self.copy = v.room(self.width * LINE * form.tile)
+
+    def find(self, matrices: ir.Value, offset: ir.Value, width: int, some: ir.Value | None) -> None:
+        """Interleave `width` lines of each row from `offset` on, or one of `some` elements."""
+        v, builder, pack = self.v, self.v.builder, self.form.pack
+        each = pack * PERCENT["values"] * 2 // 100  # of the lines that are read half are keys
+        for strip in range(width):
+            stay_awake(v)
+            with v.loop(matrices) as matrix, v.loop(ir.Constant(I64, ROWS)) as lane:
+                self.fetcher.share(each)
+                rows = v.address(v.address(self.rows, matrix, 8 * pack * ROWS), lane, 8 * pack)
+                here = [builder.add(v.load(v.address(rows, i, 8), I64), offset) for i in range(pack)]
+                parts = v.interleave([v.load_lanes(self.form, row, strip, some) for row in here])
+                for i, part in enumerate(parts):
+                    v.store(part, v.address(self._place(matrix, strip * pack + i), lane, LINE))
+
+    def load(self, register: int, matrix: ir.Value, part: int) -> None:
+        """Of each `pack` parts the vectors that a line becomes."""
+        _load(self.v, register, self._place(matrix, part), LINE)
+
+    def _place(self, matrix: ir.Value, part: int) -> ir.Value:
+        """Where a matrix of one of the parts is."""
+        at = self.v.address(self.copy, part, MATRIX * (self.form.tile // ROWS // self.form.pack))
+        return self.v.address(at, matrix, MATRIX)
 
 
 def _scores(form: Format) -> Tile:
@@ -121,6 +185,7 @@ def _scores(form: Format) -> Tile:
     room for. `out` has room for the heads of whole matrices. `initial` has no use: keys and digits are both signed.
     """
     heads = form.query_heads
+    stops = 4  # to fetch at, among the heads whose scores are put in order
 
     def body(v: Vectors, group: Any, query: Any, initial: Any, weights: Any, out: Any, *rest: Any) -> None:
         del initial
@@ -129,38 +194,39 @@ def _scores(form: Format) -> Tile:
         kind = v.ints if form.integer else v.floats
         lines = builder.udiv(padded(v, form, head_dim), ir.Constant(I64, ROWS * form.pack))
         matrices = v.over(group, heads)
-        row_bytes = builder.mul(head_dim, ir.Constant(I64, form.itemsize))
-        fetcher = Fetcher(v, place, matrices)
-        room = v.room(MATRIX)
-        # Of the lines of the next tile, one in eight while keys are loaded and one in four while scores are put in
-        # order; `values` fetches the others. If many were asked for at once, all else would wait for them.
-        in_step = fetcher.times(ir.Constant(I64, 8), matrices)
-        in_order = fetcher.times(v.over(builder.mul(lines, ir.Constant(I64, 16)), heads), matrices)
-        with v.loop(matrices) as matrix, v.loop(v.over(count, ROWS * len(KEYS))) as block:
-            first = builder.mul(block, ir.Constant(I64, ROWS * len(KEYS)))
-            keys = [_Keys(v, v.address(v.address(rows, first, 8), ROWS * i, 8)) for i in range(len(KEYS))]
+        fetcher, keys = Fetcher(v, place, matrices), _Rows(v, form, rows)
+        room = v.room(len(SCORES) * MATRIX)
+        in_step = fetcher.times(ir.Constant(I64, 2 * form.tile * PERCENT["keys"] // 100), matrices)
+        in_order = v.over(fetcher.part(form, head_dim, PERCENT["order"]), len(SCORES) * stops)
+        in_order = fetcher.times(in_order, matrices, together=1)
+        with v.loop(matrices) as matrix:
+            queries = v.address(query, builder.mul(matrix, lines), MATRIX)
             for register in SCORES:
                 instruction(v, "tilezero", register)
-            with v.loop(lines) as line:
-                offset = builder.mul(line, ir.Constant(I64, LINE))
-                fetcher.fetch(in_step)
-                _load(v, QUERY, v.address(query, builder.add(builder.mul(matrix, lines), line), MATRIX), LINE)
-                for register, own in zip(KEYS, keys, strict=True):
-                    own.load(register, builder.add(head, offset), builder.sub(row_bytes, offset))
-                for total, register in zip(SCORES, KEYS, strict=True):
-                    instruction(v, SIGNED if form.integer else BFLOAT16, total, register, QUERY)
+
+            def step(first: ir.Value, width: int, some: ir.Value | None) -> None:
+                keys.find(ir.Constant(I64, len(SCORES)), v.address(head, first, form.itemsize), width, some)
+                line = builder.udiv(first, ir.Constant(I64, ROWS * form.pack))
+                for strip in range(width):
+                    fetcher.fetch(in_step)
+                    _load(v, QUERY, v.address(v.address(queries, line, MATRIX), strip, MATRIX), LINE)
+                    for i, register in enumerate(SCORES):
+                        keys.load(KEYS[i % 2], ir.Constant(I64, i), strip)
+                        instruction(v, SIGNED if form.integer else BFLOAT16, register, KEYS[i % 2], QUERY)
+
+            walk(v, form, head_dim, WIDTH, step)
             for i, register in enumerate(SCORES):
-                _store(v, register, room)
-                columns = v.transpose([v.load(v.address(room, p, LINE), kind) for p in range(ROWS)])
+                _store(v, register, v.address(room, i, MATRIX))
+            with v.loop(v.over(count, ROWS)) as block:
+                own = v.address(room, block, MATRIX)
+                columns = v.transpose([v.load(v.address(own, p, LINE), kind) for p in range(ROWS)])
                 for h in range(heads):
-                    if h % 2 == 0:
-                        fetcher.fetch(in_order)
+                    if h % (heads // stops) == 0:
+                        fetcher.fetch(in_order, together=1)
                     number = builder.add(builder.mul(matrix, ir.Constant(I64, heads)), ir.Constant(I64, h))
                     digits = columns[h * form.query_digits : (h + 1) * form.query_digits]
                     factor = v.splat(v.load(v.address(weights, number, 4), F32))
-                    to = v.address(
-                        v.address(out, number, 4 * form.tile), builder.add(first, ir.Constant(I64, ROWS * i)), 4
-                    )
+                    to = v.address(v.address(out, number, 4 * form.tile), block, LINE)
                     v.store(builder.fmul(digits_together(v, form, digits), factor), to)
         fetcher.keep()
 
@@ -172,64 +238,66 @@ def _values(form: Format) -> Tile:
 
     `weights` has room for the rows of whole matrices.
     """
-    digits, pack = form.weight_digits, form.pack
-    heads = ROWS // digits
-    weight_bytes = 4 * (form.tile // pack)  # of a digit's row
-    together = 4 // pack  # lines of values: more, interleaved, would not stay in the first-level cache
+    digits, pack, rows_of_head = form.weight_digits, form.pack, form.weight_rows
+    heads = ROWS // rows_of_head
+    weight_bytes = 4 * form.weight_lanes  # of a row
+    parts_of_line = pack if form.interleaved else 1  # matrices with sums of one line of the values
+    width = _Interleaved.width if form.interleaved else WIDTH
+
+    def turns(lines: int) -> Iterator[list[tuple[int, int]]]:
+        """Registers and matrices of sums, as many at a time as there are registers."""
+        for begin in range(0, lines * parts_of_line, len(SUMS)):
+            yield list(zip(SUMS, range(begin, lines * parts_of_line), strict=False))
 
     def body(v: Vectors, group: Any, weights: Any, fades: Any, shares: Any, out: Any, *rest: Any) -> None:
         rows, head, place, count, head_dim = rest
         builder = v.builder
         kind = v.ints if form.integer else v.floats
         columns = padded(v, form, head_dim)
-        steps = v.over(count, ROWS * pack)
         fetcher = Fetcher(v, place, ir.Constant(I64, 1))
-        interleaved, sums = v.room(together * LINE * form.tile), v.room(together * MATRIX * pack)
+        values = _Interleaved(v, form, rows, fetcher) if form.interleaved else _Rows(v, form, rows)
+        sums = v.room(width * parts_of_line * MATRIX)
+        matrices, blocks = v.over(group, heads), v.over(count, form.tile // (form.weight_lanes // ROWS))
+        in_step = fetcher.times(ir.Constant(I64, 2 * ROWS * PERCENT["values"] // 100), matrices)
+        in_fold = fetcher.times(ir.Constant(I64, 2 * form.tile * PERCENT["fold"] // 100), group)
 
-        def step(first: ir.Value, width: int, some: ir.Value | None) -> None:
-            """`width` lines of the values, or one of `some` elements."""
-            offset = v.address(head, first, form.itemsize)
-            with v.loop(steps) as step, v.loop(ir.Constant(I64, ROWS)) as row:
-                fetcher.share(pack * width)
-                lane = builder.add(builder.mul(step, ir.Constant(I64, ROWS)), row)
-                here = [v.load(v.address(v.address(rows, lane, 8 * pack), i, 8), I64) for i in range(pack)]
-                to = v.address(v.address(interleaved, step, MATRIX * pack), row, LINE)
-                for strip in range(width):
-                    read = [v.load_lanes(form, builder.add(x, offset), strip, some) for x in here]
-                    for i, part in enumerate(v.interleave(read)):
-                        v.store(part, v.address(to, strip * LINE * form.tile + i * MATRIX, 1))
-            in_fold = fetcher.times(ir.Constant(I64, width * form.tile // 4), group)
-            with v.loop(v.over(group, heads)) as matrix:
-                number = builder.mul(matrix, ir.Constant(I64, heads))
-                own = v.address(weights, number, digits * weight_bytes)
-                for strip in range(width):
-                    for begin in range(0, pack, len(SUMS)):
-                        for register in SUMS:
-                            instruction(v, "tilezero", register)
-                        with v.loop(steps) as step:
-                            _load(v, WEIGHTS, v.address(own, step, LINE), weight_bytes)
-                            at = v.address(v.address(interleaved, step, MATRIX * pack), strip, LINE * form.tile)
-                            for i, register in enumerate(VALUES):
-                                _load(v, register, v.address(at, begin + i, MATRIX), LINE)
-                            for total, register in zip(SUMS, VALUES, strict=True):
-                                instruction(v, UNSIGNED_A if form.integer else BFLOAT16, total, WEIGHTS, register)
-                        for i, register in enumerate(SUMS):
-                            _store(v, register, v.address(sums, strip * pack + begin + i, MATRIX))
-                more, most = builder.sub(group, number), ir.Constant(I64, heads)
-                with v.loop(builder.select(builder.icmp_signed("<", more, most), more, most)) as h:
-                    head_number = builder.add(number, h)
-                    fetcher.fetch(in_fold)
-                    fade, share = (v.address(x, head_number, 4) for x in (fades, shares))
-                    line = v.address(out, builder.add(builder.mul(columns, head_number), first), 4)
-                    for strip in range(width):
-                        parts = []
-                        for i in range(pack):
-                            at = v.address(v.address(sums, strip * pack + i, MATRIX), h, digits * LINE)
-                            found = [v.load(v.address(at, digit, LINE), kind) for digit in range(digits)]
-                            parts.append(digits_together(v, form, found))
+        def load_sum(h: ir.Value, strip: int, element: int, digit: int) -> ir.Value:
+            """Of a head, of every `pack` elements of a line one."""
+            matrix, row = (strip * pack + element, digit) if form.interleaved else (strip, digit * pack + element)
+            own = v.address(sums, h, rows_of_head * LINE)
+            return v.load(v.address(v.address(own, matrix, MATRIX), row, LINE), kind)
+
+        def step(first: ir.Value, lines: int, some: ir.Value | None) -> None:
+            """Lines of the values, or one of `some` elements."""
+            values.find(blocks, v.address(head, first, form.itemsize), lines, some)
+            with v.loop(matrices) as matrix:
+                own = v.address(weights, matrix, heads * rows_of_head * weight_bytes)
+                for turn in turns(lines):
+                    for register, _ in turn:
+                        instruction(v, "tilezero", register)
+                    with v.loop(blocks) as block:
+                        _load(v, WEIGHTS, v.address(own, block, LINE), weight_bytes)
+                        for register, part in turn:
+                            if not form.interleaved:
+                                fetcher.fetch(in_step)
+                            values.load(VALUES[part % 2], block, part)
+                            product = UNSIGNED_A if form.integer else BFLOAT16
+                            instruction(v, product, register, WEIGHTS, VALUES[part % 2])
+                    for register, part in turn:
+                        _store(v, register, v.address(sums, part, MATRIX))
+                begin = builder.mul(matrix, ir.Constant(I64, heads))
+                left, most = builder.sub(group, begin), ir.Constant(I64, heads)
+                with v.loop(builder.select(builder.icmp_signed("<", left, most), left, most)) as h:
+                    number = builder.add(begin, h)
+                    fade, share = (v.address(x, number, 4) for x in (fades, shares))
+                    line = v.address(out, builder.add(builder.mul(columns, number), first), 4)
+                    for strip in range(lines):
+                        fetcher.fetch(in_fold)
+                        elements = [[load_sum(h, strip, i, digit) for digit in range(digits)] for i in range(pack)]
+                        parts = [digits_together(v, form, found) for found in elements]
                         fold(v, form, parts, fade, share, v.address(line, strip * pack, LINE))
 
-        walk(v, form, head_dim, together, step)
+        walk(v, form, head_dim, width, step)
         fetcher.keep()
 
     return Tile("values", 10, body)

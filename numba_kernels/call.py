@@ -149,7 +149,7 @@ class Scratch(NamedTuple):
     initial: int  # (unit_heads, G, digits) int32: from which the products of keys start
     weight: int  # (unit_heads, G) float32: what a score is multiplied by
     scores: int  # (G, T) float32; behind these and the next there is room for a matrix
-    weights: int  # (G, digits, T / pack) lanes
+    weights: int  # (G, `weight_rows`, `weight_lanes`) lanes
     factors: int  # (4, G) float32: see `weigh` in tiles.py
     state: int  # (unit_heads, head_state) bytes
     place: int  # `Place`: where fetching stands
@@ -177,7 +177,7 @@ def query_size_of(form: Format, machine: Machine) -> Any:
 def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
     """Two Numba functions: the bytes of a `Scratch` for a call, wherever it begins; and the one at an address."""
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
-    query_digits, weight_digits = form.query_digits, form.weight_digits
+    query_digits, weight_rows, weight_lanes = form.query_digits, form.weight_rows, form.weight_lanes
     line = 64
     more = MATRIX_COLUMNS if form.amx else 0
     query_size = query_size_of(form, machine)
@@ -193,7 +193,7 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         weight = up(initial + 4 * heads * query_digits, line)
         scores = up(weight + 4 * heads, line)
         weights = up(scores + 4 * (call.group + more) * tile, line)
-        factors = up(weights + 4 * (call.group * weight_digits + more) * (tile // pack), line)
+        factors = up(weights + 4 * (call.group * weight_rows + more) * weight_lanes, line)
         state = up(factors + 16 * up(call.group, lanes), line)
         place = up(state + call.unit_heads * head_state(call, lanes, pack), line)
         rows = up(place + PLACE_BYTES, line)

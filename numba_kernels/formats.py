@@ -16,7 +16,7 @@ from typing import Any
 from numba_kernels.machine import Machine
 
 MATRIX_COLUMNS = 16  # of AMX
-LEAST_AMX_GROUP = 6  # query heads: for fewer, products of vectors overlap better with reading the memory
+LEAST_AMX_GROUP = {"bfloat16": 4, "int8": 6}  # query heads: for fewer, products of vectors are faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,21 @@ class Format:
         return MATRIX_COLUMNS if self.amx else self.query_digits
 
     @property
+    def interleaved(self) -> bool:
+        """Whether `pack` rows of values are interleaved, so that a lane is of one element; else see amx.py."""
+        return not self.amx or self.pack == 4
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows that hold the weights of one query head: of each digit, and of each element of a lane's."""
+        return self.weight_digits * (1 if self.interleaved else self.pack)
+
+    @property
+    def weight_lanes(self) -> int:
+        """Lanes of a row of weights: what a tile's rows of values are read as."""
+        return self.tile // self.pack if self.interleaved else self.tile
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an element."""
         return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.dtype]
@@ -84,7 +99,7 @@ def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False,
       narrow: the result has 16 bits, and need not be more precise than that; not together with `precise`.
       group: query heads that share a kv head.
     """
-    amx = machine.amx and group >= LEAST_AMX_GROUP
+    amx = machine.amx and dtype in LEAST_AMX_GROUP and group >= LEAST_AMX_GROUP[dtype]
     kind = ("matrices" if amx else {"bfloat16": "pairs", "int8": "quads"}.get(dtype, "")) + "_narrow" * narrow
     if dtype == "bfloat16" and (machine.bfloat16_dot or amx) and not precise:
         return Format(f"bfloat16_{kind}", dtype, 2, 1, 1 if narrow else 2, 64, amx)

@@ -124,8 +124,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     def begin_to_fetch(call, s, rows):  # type: ignore[no-untyped-def]
         """From a tile's first key to its last value: rows of all heads of a unit, since these lie side by side."""
         size = call.unit_heads * call.head_dim * itemsize
-        start = word(rows, 0)
-        put_place(s.place, (start, start + size, rows, rows + WORD * (2 * tile - 1), size))
+        put_place(s.place, (rows, 0, rows + WORD * (2 * tile - 1), size))
 
     @native
     def advance(call, s, rows, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
@@ -139,7 +138,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
         state = s.state + head_state(call, lanes, pack) * h
-        weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns)
+        weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns, s.place, head_dim)
         if call.mask != 0:
             if h > 0:  # again with those that the head before had no use for
                 set_values(call, s, rows, b, first_head, first, count)

@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 
 def common(form: Format) -> dict[str, Tile]:
     """The steps that all formats have, by name."""
-    tiles = (_series(), _split(form), _weigh(form), _divide())
+    tiles = (_series(), _split(form), weigh(form), _divide())
     return {tile.name: tile for tile in tiles}
 
 
@@ -65,7 +65,7 @@ def make(form: Format, machine: Machine) -> dict[str, Tile]:
 
     scores (group, query, initial, weights, out, rows, head, place, count, head_dim): `query`, `initial` and `weights`
     as `_split` and `query_parts` have them; `out` (heads, T) float32.
-    values (group, weights, fades, shares, out, rows, head, place, count, head_dim): the first three as `_weigh` leaves
+    values (group, weights, fades, shares, out, rows, head, place, count, head_dim): the first three as `weigh` leaves
     them; `out` (heads, D padded) float32.
     In both, `rows` holds the addresses of a tile's keys or values, of which `count` count, `head` is added to each, and
     `place` is a `Place`.
@@ -125,7 +125,7 @@ def _strides(name: str, v: Vectors, form: Format, head_dim: ir.Value) -> list[ir
     if name == "scores":
         query = v.builder.mul(columns, ir.Constant(I64, 4 // form.pack * form.query_digits))
         return [query, *(ir.Constant(I64, x) for x in (4 * form.query_digits, 4, 4 * form.tile))]
-    weights = 4 * form.weight_digits * (form.tile // form.pack)
+    weights = 4 * form.weight_rows * form.weight_lanes
     return [*(ir.Constant(I64, x) for x in (weights, 4, 4)), v.builder.mul(columns, ir.Constant(I64, 4))]
 
 
@@ -137,11 +137,10 @@ def padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
 
 
 class Place(NamedTuple):
-    """Where fetching stands: the next line's address, the end of its row, and where that row's address stands."""
+    """Where fetching stands."""
 
-    line: int
-    end: int
-    row: int
+    row: int  # where the address of the row stands whose lines are next
+    offset: int  # bytes of it that have been fetched
     last: int  # where the last row's address stands
     size: int  # bytes of a row
 
@@ -150,22 +149,33 @@ class Fetcher:
     """Has rows fetched into the processor's cache, in the order in which they lie in memory.
 
     The memory must be busy all the time and never swamped: every step of the work fetches as many lines as it has time
-    for, which is as many as it reads. And the address of the next lines is made of that of the last ones, without a
-    branch that could be foreseen: that keeps them some cycles apart. How many may go together is the processor's.
+    for, which is as many as it reads, and no more: those that come too early are missing later. How many may go
+    together is the processor's. Where they go one by one, the address of each is made of that of the last, which keeps
+    them some cycles apart; else of the place in a row, which does not wait for the row's address.
     """
 
     def __init__(self, v: Vectors, place: ir.Value, sharing: ir.Value) -> None:
         """`place` is where the words of a `Place` stand; `sharing` parts share in every fetch."""
         builder = v.builder
         self.v, self.place, self.sharing = v, place, sharing
-        words = [v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields))]
-        self.line, self.end, self.row = (cgutils.alloca_once_value(builder, x) for x in words[:3])
-        self.last, self.size = words[3:]
-        self.together = 1 if v.machine.cpu in FETCH_ONE_BY_ONE else TOGETHER
+        row, offset, self.last, self.size = (v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields)))
+        self.row, self.offset = (cgutils.alloca_once_value(builder, x) for x in (row, offset))
+        self.one_by_one = v.machine.cpu in FETCH_ONE_BY_ONE
+        self.together = 1 if self.one_by_one else TOGETHER
         self.of_a_row = v.over(self.size, LINE)
+        if self.one_by_one:
+            start = v.load(row, I64)
+            self.line = cgutils.alloca_once_value(builder, builder.add(start, offset))
+            self.end = cgutils.alloca_once_value(builder, builder.add(start, self.size))
+
+    def part(self, form: Format, head_dim: ir.Value, percent: int) -> ir.Value:
+        """So many percent of the lines of one head's tile."""
+        v, builder = self.v, self.v.builder
+        lines = v.over(builder.mul(head_dim, ir.Constant(I64, form.itemsize)), LINE)
+        return v.over(builder.mul(lines, ir.Constant(I64, 2 * form.tile * percent)), 100)
 
     def times(self, lines: ir.Value, sharing: ir.Value, together: int = 0) -> ir.Value:
-        """How often to `fetch` for a part of those that share in so many lines."""
+        """How often to `fetch`, so many lines of a row together, for one of those that share in `lines`."""
         builder, most = self.v.builder, ir.Constant(I64, together or self.together)
         each = builder.select(builder.icmp_unsigned("<", self.of_a_row, most), self.of_a_row, most)
         own = builder.mul(sharing, each)
@@ -179,27 +189,50 @@ class Fetcher:
         self.fetch(times, together)
 
     def fetch(self, times: ir.Value, together: int = 0) -> None:
-        """Some lines so many times; after the last row, that one over and over, which costs nothing."""
-        v, builder = self.v, self.v.builder
+        """Some lines of a row, so many times; after the last row, that one over and over, which costs nothing."""
         together = together or self.together
-        with v.loop(times):
-            line = builder.load(self.line)
-            for i in range(together):
-                v.prefetch(v.address(line, i, LINE))
-            line = v.address(line, together, LINE)
-            row = builder.load(self.row)
-            ends = builder.icmp_unsigned(">=", line, builder.load(self.end))
-            more = builder.icmp_unsigned("<", row, self.last)
-            row = builder.select(builder.and_(more, ends), v.address(row, 1, 8), row)
-            start = v.load(row, I64)
-            builder.store(row, self.row)
-            builder.store(builder.select(ends, start, line), self.line)
-            builder.store(builder.select(ends, builder.add(start, self.size), builder.load(self.end)), self.end)
+        with self.v.loop(times):
+            if self.one_by_one:
+                self._fetch_one()
+            else:
+                self._fetch_some(together)
+
+    def _fetch_one(self) -> None:
+        v, builder = self.v, self.v.builder
+        line, row = builder.load(self.line), builder.load(self.row)
+        v.prefetch(line)
+        line = v.address(line, 1, LINE)
+        ends = builder.icmp_unsigned(">=", line, builder.load(self.end))
+        row = self._row_behind(row, ends)
+        start = v.load(row, I64)
+        builder.store(row, self.row)
+        builder.store(builder.select(ends, start, line), self.line)
+        builder.store(builder.select(ends, builder.add(start, self.size), builder.load(self.end)), self.end)
+
+    def _fetch_some(self, together: int) -> None:
+        v, builder = self.v, self.v.builder
+        row, offset = builder.load(self.row), builder.load(self.offset)
+        line = builder.add(v.load(row, I64), offset)
+        for i in range(together):
+            v.prefetch(v.address(line, i, LINE))
+        offset = v.address(offset, together, LINE)
+        ends = builder.icmp_unsigned(">=", offset, self.size)
+        builder.store(self._row_behind(row, ends), self.row)
+        builder.store(builder.select(ends, ir.Constant(I64, 0), offset), self.offset)
+
+    def _row_behind(self, row: ir.Value, ends: ir.Value) -> ir.Value:
+        builder = self.v.builder
+        more = builder.icmp_unsigned("<", row, self.last)
+        return builder.select(builder.and_(more, ends), self.v.address(row, 1, 8), row)
 
     def keep(self) -> None:
         """Leave the place for the next part."""
-        for i, x in enumerate((self.line, self.end, self.row)):
-            self.v.store(self.v.builder.load(x), self.v.address(self.place, i, 8))
+        v, builder = self.v, self.v.builder
+        offset = builder.load(self.offset)
+        if self.one_by_one:
+            offset = builder.sub(builder.load(self.line), builder.sub(builder.load(self.end), self.size))
+        for i, x in enumerate((builder.load(self.row), offset)):
+            v.store(x, v.address(self.place, i, 8))
 
 
 def walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable[..., None]) -> None:
@@ -435,16 +468,19 @@ def _divide() -> Tile:
     return Tile("divide", 4, body)
 
 
-def _weigh(form: Format) -> Tile:
-    """(heads, count, scores, weights, factors, state): weights = exp(score - top), as the digits `values` reads.
+def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] | None = None) -> Tile:
+    """(heads, count, scores, weights, factors, state, place, head_dim): weights = exp(score - top), for `values`.
 
-    `scores` is (heads, T) float32, of which `count` count; `weights` (heads, digits, T / pack) lanes. `factors` is
-    (4, H) float32, where H is `heads` rounded up to whole vectors: `top`, each head's largest score, -inf if all are;
-    the sum of its weights, NaN if a score is NaN; and what the output so far and the tile's are multiplied by. `state`
-    is (2, H) float32, the largest score and the sum of weights so far, and is brought up to date.
+    `scores` is (heads, T) float32, of which `count` count; `weights` (heads, `weight_rows`, `weight_lanes`) lanes.
+    `factors` is (4, H) float32, where H is `heads` rounded up to whole vectors: `top`, each head's largest score, -inf
+    if all are; the sum of its weights, NaN if a score is NaN; and what the output so far and the tile's are multiplied
+    by. `state` is (2, H) float32, the largest score and the sum of weights so far, and is brought up to date.
+
+    So many percent of the lines of the next tile are fetched in it, and `meanwhile` is emitted for every fourth head.
     """
 
-    def body(v: Vectors, heads: Any, count: Any, scores: Any, weights: Any, factors: Any, state: Any) -> None:
+    def body(v: Vectors, heads: Any, count: Any, scores: Any, weights: Any, factors: Any, *rest: Any) -> None:
+        state, place, head_dim = rest
         builder, vectors = v.builder, form.tile // v.lanes
         count = v.splat(builder.trunc(count, I32))
         blocks = builder.udiv(builder.add(heads, ir.Constant(I64, v.lanes - 1)), ir.Constant(I64, v.lanes))
@@ -463,14 +499,23 @@ def _weigh(form: Format) -> Tile:
         # A loop of its own: otherwise the processor would wait for one head's largest at a time.
         with v.loop(heads) as h:
             v.store(v.reduce("max", read(h)), v.address(tops, h, 4))
+        fetcher = Fetcher(v, place, heads)
+        times = fetcher.times(fetcher.part(form, head_dim, percent), heads)
         with v.loop(heads) as h:
+            if percent:
+                fetcher.fetch(times)
+            if meanwhile is not None:
+                fourth = builder.and_(h, ir.Constant(I64, 3))
+                with builder.if_then(builder.icmp_unsigned("==", fourth, ir.Constant(I64, 0))):
+                    meanwhile(v)
             top = v.load(v.address(tops, h, 4), F32)
             none = builder.fcmp_ordered("==", top, ir.Constant(F32, float("-inf")))
             shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
             exps = [v.exp(builder.fsub(x, shift)) for x in read(h)]
-            line = v.address(weights, h, 4 * form.weight_digits * (form.tile // form.pack))
+            line = v.address(weights, h, 4 * form.weight_rows * form.weight_lanes)
             exps = [_store_weight(v, form, weight, line, i) for i, weight in enumerate(exps)]
             v.store(v.reduce("fadd", exps), v.address(totals, h, 4))
+        fetcher.keep()
 
         with v.loop(blocks) as block:
             top, total, old_top, old_total = (
@@ -486,7 +531,7 @@ def _weigh(form: Format) -> Tile:
             for value, base in ((fade, fades), (share, shares), (new_top, state), (total, builder.add(state, size))):
                 v.store(value, v.address(base, block, 4 * v.lanes))
 
-    return Tile("weigh", 6, body)
+    return Tile("weigh", 8, body)
 
 
 def _weight_of_one(form: Format) -> int:
@@ -502,13 +547,23 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
     off.
     """
     builder, lanes, summed = v.builder, v.lanes, weight
-    rows = [v.address(at, i, 4 * (form.tile // form.pack)) for i in range(form.weight_digits)]
+
+    def put(value: ir.Value, digit: int) -> None:
+        if form.interleaved:
+            row = v.address(at, digit, 4 * form.weight_lanes)
+            v.store(value, v.address(row, index, lanes * 4 // form.pack))
+            return
+        value = builder.zext(value, v.ints)
+        for i in range(form.pack):
+            row = v.address(at, digit * form.pack + i, 4 * form.weight_lanes)
+            v.store(builder.shl(value, v.constant(v.ints, 32 // form.pack * i)), v.address(row, index, 4 * lanes))
+
     if form.pack == 1:
-        v.store(weight, v.address(rows[0], index, 4 * lanes))
+        put(weight, 0)
     elif form.pack == 2:
-        for row in rows:
+        for digit in range(form.weight_digits):
             half, weight = v.round_to_bfloat16(weight)
-            v.store(half, v.address(row, index, 2 * lanes))
+            put(builder.bitcast(half, ir.VectorType(I16, lanes)), digit)
         if form.weight_digits == 1:
             summed = builder.fsub(summed, weight)
     else:
@@ -519,10 +574,10 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
             summed = builder.fmul(scaled, v.constant(v.floats, 1.0 / one))
         # maxnum turns a NaN into a number: the sum of the weights is NaN by then, and so will the result be.
         whole = builder.fptosi(v.float_function("maxnum", scaled, v.constant(v.floats, 0.0)), v.ints)
-        for digit, row in enumerate(rows):
+        for digit in range(form.weight_digits):
             shift = v.constant(v.ints, 8 * (form.weight_digits - 1 - digit))
             byte = builder.trunc(builder.lshr(whole, shift), ir.VectorType(I8, lanes))
-            v.store(byte, v.address(row, index, lanes))
+            put(byte, digit)
     return summed
 
 
@@ -537,7 +592,7 @@ def fold(v: Vectors, form: Format, parts: list[ir.Value], fade: ir.Value, share:
         share = builder.fmul(share, ir.Constant(F32, 1.0 / _weight_of_one(form)))
     fade, share, zero = v.splat(fade), v.splat(share), v.constant(v.floats, 0.0)
     forget, ignore = (builder.fcmp_ordered("==", x, zero) for x in (fade, share))
-    for i, part in enumerate(v.in_order(parts)):
+    for i, part in enumerate(v.in_order(parts) if form.interleaved else v.in_turn(*parts)):
         at = v.address(out, i, 4 * v.lanes)
         part = builder.select(ignore, zero, builder.fmul(part, share))
         old = builder.select(forget, zero, v.load(at, v.floats))
@@ -550,7 +605,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     The first three are as `weigh` leaves them, from the first of the heads on; `out` is (heads, D padded) float32.
     `rows` holds the addresses of a tile's values, of which `count` count. A factor of 0 forgets even a NaN.
     """
-    digits, tile_lanes = form.weight_digits, form.tile // form.pack
+    digits = form.weight_digits
     sums = digits if form.integer else 1  # digits that are floats are summed as one
     wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.pack)  # vectors of a row
     at_once = 2 if form.integer else form.pack  # of the `pack` vectors that these become: more would not fit
@@ -578,7 +633,10 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                 fetcher.share(max(1, len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
                 lines = v.address(weights, group, 4)
                 lanes = [
-                    [v.splat(v.load(v.address(lines, (h * digits + i) * tile_lanes, 4), I32)) for i in range(digits)]
+                    [
+                        v.splat(v.load(v.address(lines, (h * digits + i) * form.weight_lanes, 4), I32))
+                        for i in range(digits)
+                    ]
                     for h in range(heads)
                 ]
                 for strip in range(width):

@@ -204,6 +204,12 @@ class Vectors:
         first, second = alternate(sums[0], sums[1], 4), alternate(sums[2], sums[3], 4)
         return [x for a, b in zip(first, second, strict=True) for x in alternate(a, b, 8)]
 
+    def in_turn(self, a: ir.Value, b: ir.Value) -> list[ir.Value]:
+        """The lanes of two vectors in turn, as two vectors."""
+        n = self.lanes
+        both = [x for i in range(n) for x in (i, n + i)]
+        return [self.shuffle(a, b, half) for half in (both[:n], both[n:])]
+
     def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """As many vectors as there are lanes: lane i of vector j is lane j of vector i."""
         rows, n = list(rows), self.lanes

@@ -67,9 +67,9 @@ class TestMachine:
         machine = describe("sapphirerapids", AMX, "x86_64")
         assert machine.amx
         assert not describe("sapphirerapids", AMX | {"amx-int8": False}, "x86_64").amx
-        for dtype in ("bfloat16", "int8"):
-            assert format_of(dtype, False, machine, group=8).amx
-            assert not format_of(dtype, False, machine, group=4).amx
+        for dtype, least in formats.LEAST_AMX_GROUP.items():
+            assert format_of(dtype, False, machine, group=least).amx
+            assert not format_of(dtype, False, machine, group=least - 1).amx
             assert not format_of(dtype, False, describe("znver4", AVX512, "x86_64"), group=8).amx
         assert not format_of("bfloat16", True, machine, group=8).amx
         assert not format_of("float32", False, machine, group=8).amx
@@ -201,7 +201,7 @@ MATRICES = [
 @pytest.mark.parametrize("case", MATRICES, ids=str)
 def test_matrices(case: Case, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every size of group, by AMX."""
-    monkeypatch.setattr(formats, "LEAST_AMX_GROUP", 1)
+    monkeypatch.setattr(formats, "LEAST_AMX_GROUP", {"bfloat16": 1, "int8": 1})
     chosen: list[Format] = []
     monkeypatch.setattr(launch, "format_of", lambda *args: chosen.append(format_of(*args)) or chosen[-1])
     if narrow:
