@@ -14,10 +14,10 @@ from numba.core import cgutils
 
 from numba_kernels.frame import ARGUMENTS, DATA, DIMS, RESULTS, answers_metadata, num_threads
 from numba_kernels.machine import Machine
-from numba_kernels.native import allocate, native, release, store_int64, word
+from numba_kernels.native import allocate, native, release, store_int64, up, word
 from numba_kernels.sharing import OWN, done, leave, new_block, share, take
 from numba_kernels.tiles import Tile
-from numba_kernels.vectors import F32, I32, I64, Vectors
+from numba_kernels.vectors import F32, I32, I64, LINE, Vectors
 from numba_kernels.weights import READERS, Reader
 
 
@@ -38,6 +38,8 @@ class Meeting(NamedTuple):
 FEW = (Meeting(4, 1, 2), Meeting(2, 1, 2), Meeting(1, 1, 2))  # with one row at a time, as memory gives them
 MANY = (Meeting(8, 2, 1), Meeting(4, 2, 1), Meeting(2, 2, 2), Meeting(1, 2, 2))
 FROM = 5  # rows of x that are many
+GROUP = 8  # of many, those that meet a piece of the matrix before the next do
+NEAR = 128  # rows of x: the lines of more rows of the result do not stay in the caches until all sums are in them
 SLAB = 768  # inputs that they meet at a time: what of eight rows of x stays in the first-level cache
 PIECE = 1 << 19  # bytes of the matrix, as float32, that many rows of x meet one group after another
 LEAST_WEIGHTS = 1 << 17  # of a range: where one begins, the memory's own fetching ahead has to begin anew
@@ -51,8 +53,9 @@ def make(machine: Machine, kind: str | None) -> tuple[dict[str, Tile], tuple[Any
         Tile("dot_few", 10, _dot_rows(READERS[kind], FEW)),
         Tile("dot_many", 10, _dot_rows(READERS[None], MANY if machine.registers >= 32 else MANY[1:])),
         Tile("expand", 5, _expand(READERS[kind])),
+        Tile("copy", 3, _copy),
     ]
-    dot_few, dot_many, expand = (tile.external for tile in tiles)
+    dot_few, dot_many, expand, copy = (tile.external for tile in tiles)
     in_blocks = kind is not None
     itemsize = 1 if in_blocks else 4  # of the array that holds the matrix
 
@@ -63,21 +66,28 @@ def make(machine: Machine, kind: str | None) -> tuple[dict[str, Tile], tuple[Any
         outputs, inputs, stride = word(block, OUTPUTS), word(block, INPUTS), word(block, STRIDE)
         matrix = word(block, MATRIX) + stride * first
         piece = min(max(1, PIECE // (4 * inputs)), end - first)
-        room = allocate(4 * inputs * piece) if in_blocks and batch >= FROM else 0
-        if batch < FROM or (in_blocks and room == 0):
+        line = up(4 * piece, LINE)  # bytes of the sums of one row of x
+        room = allocate(GROUP * line + (4 * inputs * piece if in_blocks else 0)) if batch >= FROM else 0
+        if room == 0:
             dot_few(x, matrix, out, end - first, batch, outputs, inputs, stride, 0, inputs)
             return
         for begin in range(0, end - first, piece):
             count = min(piece, end - first - begin)
             rows, step = matrix + stride * begin, stride
             if in_blocks:
-                expand(rows, room, count, inputs, stride)
-                rows, step = room, 4 * inputs
-            for at in range(0, inputs, SLAB):
-                length = min(SLAB, inputs - at)
-                dot_many(x, rows, out + 4 * begin, count, batch, outputs, inputs, step, at, length)
-        if in_blocks:
-            release(room)
+                expand(rows, room + GROUP * line, count, inputs, stride)
+                rows, step = room + GROUP * line, 4 * inputs
+            for b in range(0, batch, GROUP):
+                some = min(GROUP, batch - b)
+                own = out + 4 * (outputs * b + begin)
+                to, distance = (own, outputs) if batch <= NEAR else (room, line // 4)
+                for at in range(0, inputs, SLAB):
+                    length = min(SLAB, inputs - at)
+                    dot_many(x + 4 * inputs * b, rows, to, count, some, distance, inputs, step, at, length)
+                if batch > NEAR:
+                    for i in range(some):
+                        copy(room + line * i, own + 4 * outputs * i, count)
+        release(room)
 
     @native
     def take_ranges(block):  # type: ignore[no-untyped-def]
@@ -143,6 +153,18 @@ def _expand(each: Reader) -> Any:
             each(v, [builder.add(matrix, builder.mul(r, stride))], inputs, put)
 
     return body
+
+
+def _copy(v: Vectors, source: ir.Value, to: ir.Value, count: ir.Value) -> None:
+    """(source, to, count): `count` float32."""
+    builder, lanes = v.builder, ir.Constant(I64, v.lanes)
+    whole = builder.udiv(count, lanes)
+    with v.loop(whole) as i:
+        v.store(v.load(v.address(source, i, 4 * v.lanes), v.floats), v.address(to, i, 4 * v.lanes))
+    done = builder.mul(whole, lanes)
+    with v.loop(builder.sub(count, done)) as i:
+        at = builder.add(done, i)
+        v.store(v.load(v.address(source, at, 4), F32), v.address(to, at, 4))
 
 
 def _dot_rows(each: Reader, meetings: Sequence[Meeting]) -> Any:

@@ -66,7 +66,8 @@ def test_values(rows: tuple[int, ...], outputs: int, size: int) -> None:
 
 @KINDS
 @pytest.mark.parametrize(
-    ("rows", "outputs", "size"), [((1,), 1, 32), ((), 33, 544), ((2, 2), 65, 576), ((4 * MANY - 1,), 300, 1568)]
+    ("rows", "outputs", "size"),
+    [((1,), 1, 32), ((), 33, 544), ((2, 2), 65, 576), ((4 * MANY - 1,), 300, 1568), ((133,), 300, 1568)],
 )
 def test_values_in_blocks(kind: str, rows: tuple[int, ...], outputs: int, size: int) -> None:
     matrix, weights = in_blocks(outputs, size, kind)
