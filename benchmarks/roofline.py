@@ -3,7 +3,7 @@
 A decode step takes at least the time that its bytes need at the read bandwidth, and the time that its dot products need
 at the peak rate of their instruction. Both are measured in the same run, in turns with the contenders:
 
-    bytes          of the visible keys and values, once, at the bandwidth of `jnp.sum` over 512 MB
+    bytes          of the visible keys and values, once, at the bandwidth of `jnp.sum` over as many
     instructions   2 * B * N * S * D multiply-adds, for each digit of the query and of the weights (formats.py),
                    at the rate of independent sums in registers, on all cores (of AMX: of whole matrices)
 
@@ -29,7 +29,9 @@ from numba_kernels.machine import this_machine
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 FORMS = {"BNSD": ("BNSD", 0), "BSND": ("BSND", 0), "BNSD, paged 128": ("BNSD", 128), "BNSD, paged 16": ("BNSD", 16)}
-POSITIONS = 32768  # B * S: what a step reads does not depend on S
+# What a step reads, whatever S and the dtype: as much as the sum beside it. So no cache holds it, and a step is long
+# beside what it takes to wake threads.
+MEGABYTES = 512
 KV_HEADS, HEAD_DIM = 8, 128
 XLA = "XLA's loop"
 
@@ -50,10 +52,11 @@ def main(
 
 def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> list[dict[str, Any]]:
     """A row for each form of the cache, and for each rival."""
-    batch = max(1, POSITIONS // length)
+    position = contenders.Shape(1, KV_HEADS, KV_HEADS, 1, HEAD_DIM).cache_bytes(dtype)
+    batch = MEGABYTES * 2**20 // (position * length)
     shape = contenders.Shape(batch, KV_HEADS * group, KV_HEADS, length, HEAD_DIM)
     form = format_of(dtype, False, this_machine(), narrow=dtype != "float32", group=group)  # as `ours` calls it
-    entries = {"memory": read_bandwidth(), "peak": peak(form, this_machine())}
+    entries = {"memory": read_bandwidth(MEGABYTES), "peak": peak(form, this_machine())}
     for label, (layout, block) in FORMS.items():
         block = 32 if dtype == "int8" and block == 16 else block  # the operator's own rule
         label = label.replace("16", str(block)) if block else label
@@ -63,7 +66,7 @@ def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> l
     if beside:
         entries |= rivals(shape, dtype)
     timings = interleave(entries, rounds=rounds, seconds_per_turn=0.1, title=f"{dtype} G={group} S={length}")
-    bandwidth = 512 * 2**20 / timings.pop("memory").median
+    bandwidth = MEGABYTES * 2**20 / timings.pop("memory").median
     rate = instructions() / timings.pop("peak").median
     products = batch * KV_HEADS * group * length * HEAD_DIM * (form.query_digits + form.weight_digits)
     by_bytes, by_instructions = (
@@ -125,7 +128,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     RESULTS.mkdir(exist_ok=True)
-    about = machine() | {"shape": f"B*S={POSITIONS} (at least one sequence) K={KV_HEADS} D={HEAD_DIM}"}
+    about = machine() | {"shape": f"keys and values of {MEGABYTES} MB, K={KV_HEADS} D={HEAD_DIM}"}
     (RESULTS / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
     formats = {"ms": "{:.2f}", "spread": "±{:.0%}", "GB/s": "{:.1f}", "G instructions/s": "{:.2f}"}
     formats |= dict.fromkeys(("bytes", "instructions", "share"), "{:.2f}")

@@ -16,13 +16,16 @@ cache as they lie there, and digits of query heads as columns.
 Values have digits of the weights of heads as rows and elements of values as columns. Those of int8 are interleaved for
 that, four positions in a lane, as in tiles.py. Rows of bfloat16 are loaded as they lie: a lane has two elements of one
 position then, and the weights are there twice, beside a zero for the other element: one row has the sums of all even
-elements and another of the odd ones. With four elements in a lane there would be four times as many products.
+elements and another of the odd ones. (0 times what is not finite is no number: where a sum is none, the element beside
+it may be to blame, and both are summed up anew.) With four elements in a lane there would be four times as many
+products.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from numba_kernels.formats import Format
 from numba_kernels.tiles import Fetcher, Tile, digits_together, fold, padded, walk, weigh
@@ -35,6 +38,7 @@ SUMS, WEIGHTS, VALUES = (0, 1, 2, 3), 4, (5, 6)
 SCORES, QUERY, KEYS = (0, 1, 2, 3), 4, (5, 6)
 SIGNED, UNSIGNED_A, BFLOAT16 = "tdpbssd", "tdpbusd", "tdpbf16ps"
 WIDTH = 4  # lines of a row that are found together
+ODD = 0xFFFF0000 - 2**32  # the bits of the second of two bfloat16
 # The lines of the next tile are fetched all the time, so many percent of them in each part of the work; the numbers
 # that these are at a time are rounded up. If many were asked for at once, all else would wait for them.
 PERCENT = {"keys": 20, "order": 12, "weigh": 15, "values": 25, "fold": 20}
@@ -261,11 +265,42 @@ def _values(form: Format) -> Tile:
         in_step = fetcher.times(ir.Constant(I64, 2 * ROWS * PERCENT["values"] // 100), matrices)
         in_fold = fetcher.times(ir.Constant(I64, 2 * form.tile * PERCENT["fold"] // 100), group)
 
-        def load_sum(h: ir.Value, strip: int, element: int, digit: int) -> ir.Value:
-            """Of a head, of every `pack` elements of a line one."""
+        def place_of(h: ir.Value, strip: int, element: int, digit: int) -> ir.Value:
+            """Where the sums of a head are, of every `pack` elements of a line one."""
             matrix, row = (strip * pack + element, digit) if form.interleaved else (strip, digit * pack + element)
             own = v.address(sums, h, rows_of_head * LINE)
-            return v.load(v.address(v.address(own, matrix, MATRIX), row, LINE), kind)
+            return v.address(v.address(own, matrix, MATRIX), row, LINE)
+
+        def parts_of(h: ir.Value, strip: int) -> list[ir.Value]:
+            """The sums of a head for each of `pack` elements, as float32."""
+            places = [[place_of(h, strip, element, digit) for digit in range(digits)] for element in range(pack)]
+            return [digits_together(v, form, [v.load(place, kind) for place in found]) for found in places]
+
+        def keep_apart(h: ir.Value, number: ir.Value, offset: ir.Value, strip: int, some: ir.Value | None) -> None:
+            """Where sums are not finite, those of the two elements of all lanes once more, each for itself."""
+            differences = [builder.fsub(part, part) for part in parts_of(h, strip)]
+            wrong = builder.fcmp_unordered("uno", *differences)
+            wrong = builder.bitcast(wrong, ir.IntType(v.lanes))
+            with builder.if_then(builder.icmp_unsigned("!=", wrong, ir.Constant(wrong.type, 0)), likely=False):
+                own = v.address(weights, number, rows_of_head * weight_bytes)
+                totals = [cgutils.alloca_once(builder, v.floats) for _ in range(pack)]
+                for total in totals:
+                    builder.store(v.constant(v.floats, 0.0), total)
+                with v.loop(count) as position:
+                    row = builder.add(v.load(v.address(rows, position, 8), I64), offset)
+                    pairs = v.load_lanes(form, row, strip, some)
+                    elements = builder.shl(pairs, v.constant(v.ints, 16)), builder.and_(pairs, v.constant(v.ints, ODD))
+                    at = v.address(own, position, 4)
+                    found = [v.load(v.address(at, digit * pack, weight_bytes), I32) for digit in range(digits)]
+                    found = [v.as_floats(v.splat(builder.shl(x, ir.Constant(I32, 16)))) for x in found]
+                    weight = digits_together(v, form, found)
+                    for total, element in zip(totals, elements, strict=True):
+                        product = v.float_function("fma", weight, v.as_floats(element), builder.load(total))
+                        builder.store(product, total)
+                for element, total in enumerate(totals):
+                    for digit in range(digits):
+                        found = builder.load(total) if digit == 0 else v.constant(v.floats, 0.0)
+                        v.store(found, place_of(h, strip, element, digit))
 
         def step(first: ir.Value, lines: int, some: ir.Value | None) -> None:
             """Lines of the values, or one of `some` elements."""
@@ -293,9 +328,9 @@ def _values(form: Format) -> Tile:
                     line = v.address(out, builder.add(builder.mul(columns, number), first), 4)
                     for strip in range(lines):
                         fetcher.fetch(in_fold)
-                        elements = [[load_sum(h, strip, i, digit) for digit in range(digits)] for i in range(pack)]
-                        parts = [digits_together(v, form, found) for found in elements]
-                        fold(v, form, parts, fade, share, v.address(line, strip * pack, LINE))
+                        if not form.interleaved:
+                            keep_apart(h, number, v.address(head, first, form.itemsize), strip, some)
+                        fold(v, form, parts_of(h, strip), fade, share, v.address(line, strip * pack, LINE))
 
         walk(v, form, head_dim, width, step)
         fetcher.keep()

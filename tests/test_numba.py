@@ -212,6 +212,37 @@ def test_matrices(case: Case, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert {form.amx for form in chosen} == {True}
 
 
+@pytest.mark.parametrize("lse", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize("group", [1, 4, 9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_are_not_finite_are_in_their_own_elements_only(dtype: str, group: int, lse: bool) -> None:
+    """Also where a product has the element beside it, times 0."""
+    batch, kv_heads, length, head_dim = 2, 2, 150, 70
+    rng = np.random.default_rng(5)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+        for shape in ((batch, kv_heads * group, 1, head_dim), *[(batch, kv_heads, length, head_dim)] * 2)
+    )
+    holes = {(0, 0, 70, 5): jnp.inf, (0, 1, 3, head_dim - 1): jnp.nan, (1, 0, length - 1, 0): -jnp.inf}
+    broken = value
+    for place, hole in holes.items():
+        broken = broken.at[place].set(hole)
+
+    @jax.jit
+    def run(value: jax.Array) -> tuple[jax.Array, ...]:
+        kwargs = dict(num_heads=kv_heads * group, num_key_value_heads=kv_heads, input_layout="BNSD", scale_value=0.1)
+        result = incre_flash_attention(query, key, value, implementation="numba", return_lse=lse, **kwargs)
+        return result if lse else (result,)
+
+    expected, found = (
+        np.array(run(x)[0], np.float32).reshape(batch, kv_heads, group, head_dim) for x in (value, broken)
+    )
+    for b, head, _, element in holes:
+        assert not np.isfinite(found[b, head, :, element]).any()
+        expected[b, head, :, element] = found[b, head, :, element]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
 @pytest.mark.skipif(not this_machine().amx, reason="this processor has no AMX")
 def test_matrices_of_others_are_left_as_they_were() -> None:
     """Some libraries configure AMX once for all calls on a thread."""
