@@ -39,6 +39,7 @@ SCORES, QUERY, KEYS = (0, 1, 2, 3), 4, (5, 6)
 SIGNED, UNSIGNED_A, BFLOAT16 = "tdpbssd", "tdpbusd", "tdpbf16ps"
 WIDTH = 4  # lines of a row that are found together
 ODD = 0xFFFF0000 - 2**32  # the bits of the second of two bfloat16
+UNEVEN = -1  # no distance between rows
 # The lines of the next tile are fetched all the time, so many percent of them in each part of the work; the numbers
 # that these are at a time are rounded up. If many were asked for at once, all else would wait for them.
 PERCENT = {"keys": 20, "order": 12, "weigh": 15, "values": 25, "fold": 20}
@@ -108,7 +109,7 @@ class _Rows:
         builder, kind, matrices = v.builder, ir.VectorType(I64, ROWS), form.tile // ROWS
         self.v, self.form, self.rows = v, form, rows
         self.copy = v.room(WIDTH * LINE * form.tile)
-        # From one row to the next, 0 where that differs; and for the lines that were found where they are.
+        # From one row to the next, `UNEVEN` where that differs; and for the lines that were found where they are.
         self.distances, self.starts, self.strides = (v.room(8 * matrices) for _ in range(3))
         for i in range(matrices):
             addresses = v.load(v.address(rows, i * ROWS, 8), kind)
@@ -118,7 +119,7 @@ class _Rows:
             same = builder.icmp_signed("==", addresses, builder.add(v.splat(first, ROWS), steps))
             all_of_them = ir.Constant(ir.IntType(ROWS), 2**ROWS - 1)
             even = builder.icmp_unsigned("==", builder.bitcast(same, all_of_them.type), all_of_them)
-            v.store(builder.select(even, distance, ir.Constant(I64, 0)), v.address(self.distances, i, 8))
+            v.store(builder.select(even, distance, ir.Constant(I64, UNEVEN)), v.address(self.distances, i, 8))
 
     def find(self, matrices: ir.Value, offset: ir.Value, width: int, some: ir.Value | None) -> None:
         """Find `width` lines of each row from `offset` on, or one of `some` elements, where `load` has them.
@@ -131,7 +132,7 @@ class _Rows:
             distance = v.load(v.address(self.distances, matrix, 8), I64)
             v.store(builder.add(v.load(rows, I64), offset), v.address(self.starts, matrix, 8))
             v.store(distance, v.address(self.strides, matrix, 8))
-            uneven = builder.icmp_signed("==", distance, ir.Constant(I64, 0))
+            uneven = builder.icmp_signed("==", distance, ir.Constant(I64, UNEVEN))
             with builder.if_then(uneven if some is None else ir.Constant(ir.IntType(1), 1)):
                 own = v.address(self.copy, matrix, width * MATRIX)
                 with v.loop(ir.Constant(I64, ROWS)) as i:

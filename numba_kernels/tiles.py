@@ -572,8 +572,8 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
         if form.weight_digits < 3:
             scaled = v.float_function("rint", scaled)
             summed = builder.fmul(scaled, v.constant(v.floats, 1.0 / one))
-        # maxnum turns a NaN into a number: the sum of the weights is NaN by then, and so will the result be.
-        whole = builder.fptosi(v.float_function("maxnum", scaled, v.constant(v.floats, 0.0)), v.ints)
+        # A NaN becomes a number: the sum of the weights is NaN by then, and so will the result be.
+        whole = builder.fptosi(v.larger(scaled, v.constant(v.floats, 0.0)), v.ints)
         for digit in range(form.weight_digits):
             shift = v.constant(v.ints, 8 * (form.weight_digits - 1 - digit))
             byte = builder.trunc(builder.lshr(whole, shift), ir.VectorType(I8, lanes))
