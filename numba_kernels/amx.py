@@ -37,7 +37,6 @@ MATRIX = ROWS * LINE  # bytes
 SUMS, WEIGHTS, VALUES = (0, 1, 2, 3), 4, (5, 6)
 SCORES, QUERY, KEYS = (0, 1, 2, 3), 4, (5, 6)
 SIGNED, UNSIGNED_A, BFLOAT16 = "tdpbssd", "tdpbusd", "tdpbf16ps"
-WIDTH = 4  # lines of a row that are found together
 ODD = 0xFFFF0000 - 2**32  # the bits of the second of two bfloat16
 UNEVEN = -1  # no distance between rows
 # The lines of the next tile are fetched all the time, so many percent of them in each part of the work; the numbers
@@ -104,11 +103,13 @@ def _sizes(v: Vectors, name: str, address: ir.Value) -> None:
 class _Rows:
     """Matrices of the cache's rows as they lie there, of 16 positions each."""
 
+    width = 4  # lines of a row that are found together
+
     def __init__(self, v: Vectors, form: Format, rows: ir.Value) -> None:
         """`rows` holds the addresses of a tile's."""
         builder, kind, matrices = v.builder, ir.VectorType(I64, ROWS), form.tile // ROWS
         self.v, self.form, self.rows = v, form, rows
-        self.copy = v.room(WIDTH * LINE * form.tile)
+        self.copy = v.room(self.width * LINE * form.tile)
         # From one row to the next, `UNEVEN` where that differs; and for the lines that were found where they are.
         self.distances, self.starts, self.strides = (v.room(8 * matrices) for _ in range(3))
         for i in range(matrices):
@@ -201,9 +202,9 @@ def _scores(form: Format) -> Tile:
         matrices = v.over(group, heads)
         fetcher, keys = Fetcher(v, place, matrices), _Rows(v, form, rows)
         room = v.room(len(SCORES) * MATRIX)
-        in_step = fetcher.times(ir.Constant(I64, 2 * form.tile * PERCENT["keys"] // 100), matrices)
-        in_order = v.over(fetcher.part(form, head_dim, PERCENT["order"]), len(SCORES) * stops)
-        in_order = fetcher.times(in_order, matrices, together=1)
+        in_step = fetcher.portion(ir.Constant(I64, 2 * form.tile * PERCENT["keys"] // 100), matrices)
+        at_a_stop = v.over(fetcher.part(form, head_dim, PERCENT["order"]), len(SCORES) * stops)
+        in_order = fetcher.portion(at_a_stop, matrices, together=1)
         with v.loop(matrices) as matrix:
             queries = v.address(query, builder.mul(matrix, lines), MATRIX)
             for register in SCORES:
@@ -219,7 +220,7 @@ def _scores(form: Format) -> Tile:
                         keys.load(KEYS[i % 2], ir.Constant(I64, i), strip)
                         instruction(v, SIGNED if form.integer else BFLOAT16, register, KEYS[i % 2], QUERY)
 
-            walk(v, form, head_dim, WIDTH, step)
+            walk(v, form, head_dim, _Rows.width, step)
             for i, register in enumerate(SCORES):
                 _store(v, register, v.address(room, i, MATRIX))
             with v.loop(v.over(count, ROWS)) as block:
@@ -227,7 +228,7 @@ def _scores(form: Format) -> Tile:
                 columns = v.transpose([v.load(v.address(own, p, LINE), kind) for p in range(ROWS)])
                 for h in range(heads):
                     if h % (heads // stops) == 0:
-                        fetcher.fetch(in_order, together=1)
+                        fetcher.fetch(in_order)
                     number = builder.add(builder.mul(matrix, ir.Constant(I64, heads)), ir.Constant(I64, h))
                     digits = columns[h * form.query_digits : (h + 1) * form.query_digits]
                     factor = v.splat(v.load(v.address(weights, number, 4), F32))
@@ -247,7 +248,7 @@ def _values(form: Format) -> Tile:
     heads = ROWS // rows_of_head
     weight_bytes = 4 * form.weight_lanes  # of a row
     parts_of_line = pack if form.interleaved else 1  # matrices with sums of one line of the values
-    width = _Interleaved.width if form.interleaved else WIDTH
+    width = (_Interleaved if form.interleaved else _Rows).width
 
     def turns(lines: int) -> Iterator[list[tuple[int, int]]]:
         """Registers and matrices of sums, as many at a time as there are registers."""
@@ -263,8 +264,8 @@ def _values(form: Format) -> Tile:
         values = _Interleaved(v, form, rows, fetcher) if form.interleaved else _Rows(v, form, rows)
         sums = v.room(width * parts_of_line * MATRIX)
         matrices, blocks = v.over(group, heads), v.over(count, form.tile // (form.weight_lanes // ROWS))
-        in_step = fetcher.times(ir.Constant(I64, 2 * ROWS * PERCENT["values"] // 100), matrices)
-        in_fold = fetcher.times(ir.Constant(I64, 2 * form.tile * PERCENT["fold"] // 100), group)
+        in_step = fetcher.portion(ir.Constant(I64, 2 * ROWS * PERCENT["values"] // 100), matrices)
+        in_fold = fetcher.portion(ir.Constant(I64, 2 * form.tile * PERCENT["fold"] // 100), group)
 
         def place_of(h: ir.Value, strip: int, element: int, digit: int) -> ir.Value:
             """Where the sums of a head are, of every `pack` elements of a line one."""
@@ -305,7 +306,8 @@ def _values(form: Format) -> Tile:
 
         def step(first: ir.Value, lines: int, some: ir.Value | None) -> None:
             """Lines of the values, or one of `some` elements."""
-            values.find(blocks, v.address(head, first, form.itemsize), lines, some)
+            offset = v.address(head, first, form.itemsize)
+            values.find(blocks, offset, lines, some)
             with v.loop(matrices) as matrix:
                 own = v.address(weights, matrix, heads * rows_of_head * weight_bytes)
                 for turn in turns(lines):
@@ -330,7 +332,7 @@ def _values(form: Format) -> Tile:
                     for strip in range(lines):
                         fetcher.fetch(in_fold)
                         if not form.interleaved:
-                            keep_apart(h, number, v.address(head, first, form.itemsize), strip, some)
+                            keep_apart(h, number, offset, strip, some)
                         fold(v, form, parts_of(h, strip), fade, share, v.address(line, strip * pack, LINE))
 
         walk(v, form, head_dim, width, step)

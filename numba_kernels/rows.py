@@ -38,7 +38,7 @@ class Meeting(NamedTuple):
 FEW = (Meeting(4, 1, 2), Meeting(2, 1, 2), Meeting(1, 1, 2))  # with one row at a time, as memory gives them
 MANY = (Meeting(8, 2, 1), Meeting(4, 2, 1), Meeting(2, 2, 2), Meeting(1, 2, 2))
 FROM = 5  # rows of x that are many
-GROUP = 8  # of many, those that meet a piece of the matrix before the next do
+GROUP = MANY[0].vectors  # of many, those that meet a piece of the matrix before the next do
 NEAR = 128  # rows of x: the lines of more rows of the result do not stay in the caches until all sums are in them
 SLAB = 768  # inputs that they meet at a time: what of eight rows of x stays in the first-level cache
 PIECE = 1 << 19  # bytes of the matrix, as float32, that many rows of x meet one group after another

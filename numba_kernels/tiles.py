@@ -145,6 +145,13 @@ class Place(NamedTuple):
     size: int  # bytes of a row
 
 
+class Portion(NamedTuple):
+    """Lines to fetch at one place of the work."""
+
+    times: ir.Value
+    together: int  # lines of a row, each time
+
+
 class Fetcher:
     """Has rows fetched into the processor's cache, in the order in which they lie in memory.
 
@@ -174,28 +181,27 @@ class Fetcher:
         lines = v.over(builder.mul(head_dim, ir.Constant(I64, form.itemsize)), LINE)
         return v.over(builder.mul(lines, ir.Constant(I64, 2 * form.tile * percent)), 100)
 
-    def times(self, lines: ir.Value, sharing: ir.Value, together: int = 0) -> ir.Value:
-        """How often to `fetch`, so many lines of a row together, for one of those that share in `lines`."""
-        builder, most = self.v.builder, ir.Constant(I64, together or self.together)
+    def portion(self, lines: ir.Value, sharing: ir.Value, together: int = TOGETHER) -> Portion:
+        """What to `fetch`, at most so many lines together, for one of those that share in `lines`."""
+        together = min(self.together, together)
+        builder, most = self.v.builder, ir.Constant(I64, together)
         each = builder.select(builder.icmp_unsigned("<", self.of_a_row, most), self.of_a_row, most)
         own = builder.mul(sharing, each)
-        return builder.udiv(builder.add(lines, builder.sub(own, ir.Constant(I64, 1))), own)
+        return Portion(builder.udiv(builder.add(lines, builder.sub(own, ir.Constant(I64, 1))), own), together)
 
     def share(self, lines: int) -> None:
         """Fetch this part's share of so many lines."""
-        together = min(self.together, lines)
         with self.v.builder.goto_entry_block():
-            times = self.times(ir.Constant(I64, lines), self.sharing, together)
-        self.fetch(times, together)
+            portion = self.portion(ir.Constant(I64, lines), self.sharing, lines)
+        self.fetch(portion)
 
-    def fetch(self, times: ir.Value, together: int = 0) -> None:
-        """Some lines of a row, so many times; after the last row, that one over and over, which costs nothing."""
-        together = together or self.together
-        with self.v.loop(times):
+    def fetch(self, portion: Portion) -> None:
+        """Fetch the next lines; after the last row, that one over and over, which costs nothing."""
+        with self.v.loop(portion.times):
             if self.one_by_one:
                 self._fetch_one()
             else:
-                self._fetch_some(together)
+                self._fetch_some(portion.together)
 
     def _fetch_one(self) -> None:
         v, builder = self.v, self.v.builder
@@ -499,11 +505,11 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
         # A loop of its own: otherwise the processor would wait for one head's largest at a time.
         with v.loop(heads) as h:
             v.store(v.reduce("max", read(h)), v.address(tops, h, 4))
-        fetcher = Fetcher(v, place, heads)
-        times = fetcher.times(fetcher.part(form, head_dim, percent), heads)
+        fetcher = Fetcher(v, place, heads) if percent else None
+        portion = fetcher and fetcher.portion(fetcher.part(form, head_dim, percent), heads)
         with v.loop(heads) as h:
-            if percent:
-                fetcher.fetch(times)
+            if fetcher and portion:
+                fetcher.fetch(portion)
             if meanwhile is not None:
                 fourth = builder.and_(h, ir.Constant(I64, 3))
                 with builder.if_then(builder.icmp_unsigned("==", fourth, ir.Constant(I64, 0))):
@@ -515,7 +521,8 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
             line = v.address(weights, h, 4 * form.weight_rows * form.weight_lanes)
             exps = [_store_weight(v, form, weight, line, i) for i, weight in enumerate(exps)]
             v.store(v.reduce("fadd", exps), v.address(totals, h, 4))
-        fetcher.keep()
+        if fetcher:
+            fetcher.keep()
 
         with v.loop(blocks) as block:
             top, total, old_top, old_total = (
@@ -592,7 +599,7 @@ def fold(v: Vectors, form: Format, parts: list[ir.Value], fade: ir.Value, share:
         share = builder.fmul(share, ir.Constant(F32, 1.0 / _weight_of_one(form)))
     fade, share, zero = v.splat(fade), v.splat(share), v.constant(v.floats, 0.0)
     forget, ignore = (builder.fcmp_ordered("==", x, zero) for x in (fade, share))
-    for i, part in enumerate(v.in_order(parts) if form.interleaved else v.in_turn(*parts)):
+    for i, part in enumerate(v.in_order(parts) if form.interleaved else v.alternate(parts[0], parts[1], 1)):
         at = v.address(out, i, 4 * v.lanes)
         part = builder.select(ignore, zero, builder.fmul(part, share))
         old = builder.select(forget, zero, v.load(at, v.floats))

@@ -193,26 +193,20 @@ class Vectors:
 
     def in_order(self, sums: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of lanes that belong to the elements of `interleave`'s vectors, in the elements' own order."""
-        n = self.lanes
-        if len(sums) == 1 or n == 4:
+        if len(sums) == 1 or self.lanes == 4:
             return list(sums)
-
-        def alternate(a: ir.Value, b: ir.Value, size: int) -> list[ir.Value]:
-            if size == n:
-                return [a, b]
-            both = [x for at in range(0, n, size) for start in (at, n + at) for x in range(start, start + size)]
-            return [self.shuffle(a, b, both[:n]), self.shuffle(a, b, both[n:])]
-
         if len(sums) == 2:
-            return alternate(sums[0], sums[1], 4)
-        first, second = alternate(sums[0], sums[1], 4), alternate(sums[2], sums[3], 4)
-        return [x for a, b in zip(first, second, strict=True) for x in alternate(a, b, 8)]
+            return self.alternate(sums[0], sums[1], 4)
+        first, second = self.alternate(sums[0], sums[1], 4), self.alternate(sums[2], sums[3], 4)
+        return [x for a, b in zip(first, second, strict=True) for x in self.alternate(a, b, 8)]
 
-    def in_turn(self, a: ir.Value, b: ir.Value) -> list[ir.Value]:
-        """The lanes of two vectors in turn, as two vectors."""
+    def alternate(self, a: ir.Value, b: ir.Value, size: int) -> list[ir.Value]:
+        """Blocks of `size` lanes of two vectors in turn, as two vectors."""
         n = self.lanes
-        both = [x for i in range(n) for x in (i, n + i)]
-        return [self.shuffle(a, b, half) for half in (both[:n], both[n:])]
+        if size == n:
+            return [a, b]
+        both = [x for at in range(0, n, size) for start in (at, n + at) for x in range(start, start + size)]
+        return [self.shuffle(a, b, both[:n]), self.shuffle(a, b, both[n:])]
 
     def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """As many vectors as there are lanes: lane i of vector j is lane j of vector i."""
