@@ -3,6 +3,7 @@
 machine.py   what the processor offers
 formats.py   how the elements of a cache meet the query: as float32, or in narrow dot products
 vectors.py   vector instructions as LLVM IR
+fetching.py  the rows of the next tile, fetched meanwhile
 tiles.py     the steps on a tile of positions, made of those
 amx.py       two of these steps in products of matrices
 native.py    what Numba lacks for code without Python

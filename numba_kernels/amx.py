@@ -27,11 +27,22 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from numba_kernels.fetching import Fetcher
 from numba_kernels.formats import Format
-from numba_kernels.tiles import Fetcher, Tile, digits_together, fold, padded, walk, weigh
+from numba_kernels.tiles import (
+    Tile,
+    digits_together,
+    fold,
+    lanes_with_weights,
+    padded,
+    rows_of_lane,
+    walk,
+    weigh,
+)
 from numba_kernels.vectors import F32, I8, I32, I64, LINE, Vectors
 
 ROWS = 16  # of a matrix, of one cache line each
+HALF = ROWS // 2  # columns that are turned at a time
 MATRIX = ROWS * LINE  # bytes
 # The registers.
 SUMS, WEIGHTS, VALUES = (0, 1, 2, 3), 4, (5, 6)
@@ -168,8 +179,8 @@ class _Interleaved:
             stay_awake(v)
             with v.loop(matrices) as matrix, v.loop(ir.Constant(I64, ROWS)) as lane:
                 self.fetcher.share(each)
-                rows = v.address(v.address(self.rows, matrix, 8 * pack * ROWS), lane, 8 * pack)
-                here = [builder.add(v.load(v.address(rows, i, 8), I64), offset) for i in range(pack)]
+                number = builder.add(builder.mul(matrix, ir.Constant(I64, ROWS)), lane)
+                here = [builder.add(row, offset) for row in rows_of_lane(v, self.form, self.rows, number)]
                 parts = v.interleave([v.load_lanes(self.form, row, strip, some) for row in here])
                 for i, part in enumerate(parts):
                     v.store(part, v.address(self._place(matrix, strip * pack + i), lane, LINE))
@@ -184,11 +195,19 @@ class _Interleaved:
         return self.v.address(at, matrix, MATRIX)
 
 
+def _pair_of_rows(v: Vectors, matrix: ir.Value, row: int, offset: int, kind: ir.VectorType) -> ir.Value:
+    """Half a row of a matrix from an offset in bytes on, and as much of the row that is half a matrix behind."""
+    half = ir.VectorType(kind.element, HALF)
+    a, b = (v.load(v.address(matrix, r * LINE + offset, 1), half) for r in (row, row + HALF))
+    return v.shuffle(a, b, range(ROWS))
+
+
 def _scores(form: Format) -> Tile:
     """(group, query, initial, weights, out, rows, head, place, count, head_dim); see `tiles.make`.
 
-    `query` is (matrices, lanes of D padded, 16) lanes, of which the last are the digits of as many heads as there is
-    room for. `out` has room for the heads of whole matrices. `initial` has no use: keys and digits are both signed.
+    `query` is (matrices, lanes of D padded, 16) lanes, of which the last are the first digits of as many heads as there
+    is room for, then their second ones, and so on. `out` has room for the heads of whole matrices. `initial` has no
+    use: keys and digits are both signed.
     """
     heads = form.query_heads
     stops = 4  # to fetch at, among the heads whose scores are put in order
@@ -201,7 +220,7 @@ def _scores(form: Format) -> Tile:
         lines = builder.udiv(padded(v, form, head_dim), ir.Constant(I64, ROWS * form.pack))
         matrices = v.over(group, heads)
         fetcher, keys = Fetcher(v, place, matrices), _Rows(v, form, rows)
-        room = v.room(len(SCORES) * MATRIX)
+        room = v.room(len(SCORES) * MATRIX + LINE)  # half a row may end behind it
         in_step = fetcher.portion(ir.Constant(I64, 2 * form.tile * PERCENT["keys"] // 100), matrices)
         at_a_stop = v.over(fetcher.part(form, head_dim, PERCENT["order"]), len(SCORES) * stops)
         in_order = fetcher.portion(at_a_stop, matrices, together=1)
@@ -223,17 +242,24 @@ def _scores(form: Format) -> Tile:
             walk(v, form, head_dim, _Rows.width, step)
             for i, register in enumerate(SCORES):
                 _store(v, register, v.address(room, i, MATRIX))
+            begin = builder.mul(matrix, ir.Constant(I64, heads))
             with v.loop(v.over(count, ROWS)) as block:
                 own = v.address(room, block, MATRIX)
-                columns = v.transpose([v.load(v.address(own, p, LINE), kind) for p in range(ROWS)])
-                for h in range(heads):
-                    if h % (heads // stops) == 0:
-                        fetcher.fetch(in_order)
-                    number = builder.add(builder.mul(matrix, ir.Constant(I64, heads)), ir.Constant(I64, h))
-                    digits = columns[h * form.query_digits : (h + 1) * form.query_digits]
-                    factor = v.splat(v.load(v.address(weights, number, 4), F32))
-                    to = v.address(v.address(out, number, 4 * form.tile), block, LINE)
-                    v.store(builder.fmul(digits_together(v, form, digits), factor), to)
+                for first in range(0, heads, HALF):
+                    number = builder.add(begin, ir.Constant(I64, first))
+                    with builder.if_then(builder.icmp_signed("<", number, group)):
+                        pairs = []
+                        for i in range(HALF):
+                            if first == 0 and i % (HALF // stops) == 0:
+                                fetcher.fetch(in_order)
+                            places = [4 * (digit * heads + first) for digit in range(form.query_digits)]
+                            digits = [_pair_of_rows(v, own, i, at, kind) for at in places]
+                            pairs.append(digits_together(v, form, digits))
+                        for h, row in enumerate(v.transpose_halves(pairs)[: heads - first]):
+                            at = builder.add(number, ir.Constant(I64, h))
+                            factor = v.splat(v.load(v.address(weights, at, 4), F32))
+                            to = v.address(v.address(out, at, 4 * form.tile), block, LINE)
+                            v.store(builder.fmul(row, factor), to)
         fetcher.keep()
 
     return Tile("scores", 10, body)
@@ -263,7 +289,7 @@ def _values(form: Format) -> Tile:
         fetcher = Fetcher(v, place, ir.Constant(I64, 1))
         values = _Interleaved(v, form, rows, fetcher) if form.interleaved else _Rows(v, form, rows)
         sums = v.room(width * parts_of_line * MATRIX)
-        matrices, blocks = v.over(group, heads), v.over(count, form.tile // (form.weight_lanes // ROWS))
+        matrices, blocks = v.over(group, heads), v.over(lanes_with_weights(v, form, count), ROWS)
         in_step = fetcher.portion(ir.Constant(I64, 2 * ROWS * PERCENT["values"] // 100), matrices)
         in_fold = fetcher.portion(ir.Constant(I64, 2 * form.tile * PERCENT["fold"] // 100), group)
 

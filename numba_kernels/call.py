@@ -2,12 +2,13 @@
 
 from typing import Any, NamedTuple
 
+from numba_kernels.fetching import Place
 from numba_kernels.formats import MATRIX_COLUMNS, Format
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS, WORD
 from numba_kernels.machine import Machine
 from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, up, word
 from numba_kernels.records import record_of
-from numba_kernels.tiles import SERIES, Place
+from numba_kernels.tiles import SERIES
 
 # The order of the operands and results of the foreign call; an absent one is an array without elements.
 QUERY, SCALE, KEY, VALUE, TABLE, VALUE_TABLE, START, STOP, MASK, BIAS = range(10)
@@ -16,6 +17,8 @@ PLACE_BYTES = WORD * len(Place._fields)
 # Bytes of the rows of a tile that are read together: those of keys and values, of this tile and the next, are to have
 # room in a second-level cache.
 UNIT_TILE = 1 << 17
+# Bytes from the first row of a tile to its end: longer ones have more pages of memory than the processor finds at once.
+TILE_SPAN = 1 << 16
 BFLOAT16, FLOAT16 = 16, 10  # XLA's numbers of element types
 
 
@@ -51,6 +54,7 @@ class Call(NamedTuple):
     out: int
     lse: int
     unit_heads: int  # kv heads whose tiles are read together, since they lie side by side
+    tile: int  # positions read at a time
 
 
 call_at, _put_call = record_of(Call)
@@ -58,8 +62,11 @@ CALL_BYTES = WORD * len(Call._fields)
 
 
 @native
-def read_call(frame, itemsize, tile, address):  # type: ignore[no-untyped-def]
-    """The `Call` of a frame, for a cache of so many bytes an element, read in tiles; kept at an address."""
+def read_call(frame, itemsize, tile, least, address):  # type: ignore[no-untyped-def]
+    """The `Call` of a frame, for a cache of so many bytes an element; kept at an address.
+
+    It is read in tiles of so many positions, or of the `least` where their rows are far apart.
+    """
     arguments, results = word(frame, ARGUMENTS), word(frame, RESULTS)
     query, key, value = word(arguments, QUERY), word(arguments, KEY), word(arguments, VALUE)
     table, value_table = word(arguments, TABLE), word(arguments, VALUE_TABLE)
@@ -74,6 +81,8 @@ def read_call(frame, itemsize, tile, address):  # type: ignore[no-untyped-def]
         head_stride, row_stride, unit_heads = page_size * row, row, 1
     else:
         head_stride, row_stride, unit_heads = row, heads * row, heads
+        if tile * row_stride > TILE_SPAN:
+            tile = least
         while unit_heads % 2 == 0 and unit_heads * row * tile > UNIT_TILE:
             unit_heads //= 2
     has_table = word(word(table, DIMS), 0) > 0
@@ -111,6 +120,7 @@ def read_call(frame, itemsize, tile, address):  # type: ignore[no-untyped-def]
             word(word(results, OUT), DATA),
             word(word(results, LSE), DATA),
             unit_heads,
+            tile,
         ),
     )
 

@@ -29,7 +29,7 @@ class Format:
       pack: elements in a 32-bit lane: 1 converts to float32, 2 multiplies pairs of bfloat16, 4 quads of int8.
       query_digits: rows that hold one query head.
       weight_digits: rows that hold the weights of one query head.
-      tile: positions read at a time.
+      tile: positions read at a time, at most.
       amx: products of matrices, not of vectors; see amx.py.
     """
 
@@ -65,6 +65,16 @@ class Format:
     def weight_lanes(self) -> int:
         """Lanes of a row of weights: what a tile's rows of values are read as."""
         return self.tile // self.pack if self.interleaved else self.tile
+
+    @property
+    def positions_apart(self) -> int:
+        """From one position of a lane of weights to the next: bytes are put into lanes without crossing them."""
+        return self.weight_lanes if self.integer else 1
+
+    @property
+    def least_tile(self) -> int:
+        """Positions read at a time where their rows are far apart: half as many, where that is no slower."""
+        return self.tile if self.amx or self.integer else self.tile // 2
 
     @property
     def itemsize(self) -> int:

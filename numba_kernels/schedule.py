@@ -40,6 +40,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
     stream = make_stream(form, machine, tiles)
     divide, configure, reset = (tiles[name].external for name in ("divide", "configure", "reset"))
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
+    least_tile = form.least_tile
     scratch_size, lay_out = scratch_of(form, machine)
 
     @native
@@ -166,7 +167,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         record = allocate(CALL_BYTES)
         if record == 0:
             return 1
-        call = read_call(frame, itemsize, tile, record)
+        call = read_call(frame, itemsize, tile, least_tile, record)
         total = 0
         for b in range(call.batch):
             start, stop = window(call, b)

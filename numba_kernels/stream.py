@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
 from numba_kernels.call import bias_at, head_state, query_size_of, window
+from numba_kernels.fetching import Place
 from numba_kernels.formats import Format
 from numba_kernels.frame import WORD
 from numba_kernels.machine import Machine
@@ -25,7 +26,7 @@ from numba_kernels.native import (
     word,
 )
 from numba_kernels.records import record_of
-from numba_kernels.tiles import SERIES, Place, Tile, query_parts
+from numba_kernels.tiles import SERIES, Tile, query_parts
 from numba_kernels.vectors import EXP_UNDERFLOWS
 
 _, put_place = record_of(Place)
@@ -37,9 +38,8 @@ MEMORY_PAGE = 4096  # bytes, at least
 
 def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last, next_b, next_unit)`."""
-    lanes, pack, tile = machine.lanes, form.pack, form.tile
+    lanes, pack, line = machine.lanes, form.pack, form.tile
     query_digits, itemsize = form.query_digits, form.itemsize
-    list_bytes = WORD * tile
     series, split, score, weigh, add_values = (
         tiles[name].external for name in ("series", "split", "scores", "weigh", "values")
     )
@@ -64,7 +64,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                 fetch(address + offset)
             series(rows + WORD * done, address, call.row_stride, here)
             done += here
-        series(rows + WORD * count, zeros, 0, tile - count)
+        series(rows + WORD * count, zeros, 0, call.tile - count)
 
     @native
     def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
@@ -84,7 +84,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     @native
     def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
         for g in range(call.group):
-            scores = s.scores + 4 * tile * g
+            scores = s.scores + 4 * line * g
             if call.bias != 0:
                 for i in range(count):
                     x = load_float32(scores + 4 * i) + bias_at(call, b, head * call.group + g, first + i)
@@ -105,13 +105,13 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
             counts = False
             for g in range(call.group):
                 top = load_float32(s.factors + 4 * g)
-                counts = counts or load_float32(s.scores + 4 * (tile * g + i)) - top >= F(EXP_UNDERFLOWS)
+                counts = counts or load_float32(s.scores + 4 * (line * g + i)) - top >= F(EXP_UNDERFLOWS)
             if not counts:
                 store_int64(rows + 8 * i, s.zeros)
 
     @native
     def set_values(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
-        values = rows + list_bytes
+        values = rows + WORD * call.tile
         set_rows(call, call.value, call.value_pages, call.value_table, b, head, first, count, s.zeros, values)
 
     @native
@@ -124,12 +124,12 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     def begin_to_fetch(call, s, rows):  # type: ignore[no-untyped-def]
         """From a tile's first key to its last value: rows of all heads of a unit, since these lie side by side."""
         size = call.unit_heads * call.head_dim * itemsize
-        put_place(s.place, (rows, 0, rows + WORD * (2 * tile - 1), size))
+        put_place(s.place, (rows, 0, rows + WORD * (2 * call.tile - 1), size))
 
     @native
     def advance(call, s, rows, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
         """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit."""
-        values, group, head_dim = rows + list_bytes, call.group, call.head_dim
+        values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
         columns, padded = up(head_dim, lanes * pack), up(group, lanes)
         query = s.query + query_size(call) * h
         initial, weight = s.initial + 4 * query_digits * group * h, s.weight + 4 * group * h
@@ -153,20 +153,20 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
             b, unit, last = next_b, next_unit, first
             if b < call.batch:
                 first, last = window(call, b)
-        prepare(call, s, rows, b, unit * call.unit_heads, first, min(tile, last - first))
+        prepare(call, s, rows, b, unit * call.unit_heads, first, min(call.tile, last - first))
 
     @native
     def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
         """Positions [first, last) of one unit of heads, into the scratch's state, and fetch what comes next."""
         first_head = unit * call.unit_heads
         begin(call, s, b, first_head)
-        rows, ahead = s.rows, s.rows + 2 * list_bytes + WORD * SERIES
-        prepare(call, s, rows, b, first_head, first, min(tile, last - first))
-        for t in range(first, last, tile):
-            prepare_next(call, s, ahead, b, unit, t + tile, last, next_b, next_unit)
+        rows, ahead = s.rows, s.rows + WORD * (2 * call.tile + SERIES)
+        prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
+        for t in range(first, last, call.tile):
+            prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
             begin_to_fetch(call, s, ahead)
             for h in range(call.unit_heads):
-                advance(call, s, rows, b, first_head, h, t, min(tile, last - t))
+                advance(call, s, rows, b, first_head, h, t, min(call.tile, last - t))
             rows, ahead = ahead, rows
 
     return stream
@@ -212,9 +212,9 @@ def _arrange_columns(form: Format, machine: Machine) -> Any:
     @native
     def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
         length = up(call.head_dim, lanes * pack) // pack
-        to = s.query + query_size(call) * h + 4 * columns * length * (g // heads) + 4 * query_digits * (g % heads)
+        to = s.query + query_size(call) * h + 4 * columns * length * (g // heads) + 4 * (g % heads)
         for digit in range(query_digits):
             for i in range(length):
-                store_int32(to + 4 * (columns * i + digit), load_int32(s.plain + 4 * (length * digit + i)))
+                store_int32(to + 4 * (columns * i + heads * digit), load_int32(s.plain + 4 * (length * digit + i)))
 
     return arrange

@@ -22,12 +22,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from numba_kernels.fetching import Fetcher
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
-from numba_kernels.vectors import F32, FETCH_ONE_BY_ONE, I8, I16, I32, I64, LINE, Vectors
+from numba_kernels.vectors import F32, I8, I16, I32, I64, LINE, Vectors
 
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
-TOGETHER = 4  # lines of memory that are fetched at once, where that is no slower
 SERIES = 8  # numbers of `series` in a line of memory
 # By the number of digits, with a highest digit of 127. Of three, what is left of a float32 query is below its own last
 # place.
@@ -134,111 +134,6 @@ def padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
     size = ir.Constant(I64, v.lanes * form.pack)
     more = v.builder.add(head_dim, ir.Constant(I64, v.lanes * form.pack - 1))
     return v.builder.mul(v.builder.udiv(more, size), size)
-
-
-class Place(NamedTuple):
-    """Where fetching stands."""
-
-    row: int  # where the address of the row stands whose lines are next
-    offset: int  # bytes of it that have been fetched
-    last: int  # where the last row's address stands
-    size: int  # bytes of a row
-
-
-class Portion(NamedTuple):
-    """Lines to fetch at one place of the work."""
-
-    times: ir.Value
-    together: int  # lines of a row, each time
-
-
-class Fetcher:
-    """Has rows fetched into the processor's cache, in the order in which they lie in memory.
-
-    The memory must be busy all the time and never swamped: every step of the work fetches as many lines as it has time
-    for, which is as many as it reads, and no more: those that come too early are missing later. How many may go
-    together is the processor's. Where they go one by one, the address of each is made of that of the last, which keeps
-    them some cycles apart; else of the place in a row, which does not wait for the row's address.
-    """
-
-    def __init__(self, v: Vectors, place: ir.Value, sharing: ir.Value) -> None:
-        """`place` is where the words of a `Place` stand; `sharing` parts share in every fetch."""
-        builder = v.builder
-        self.v, self.place, self.sharing = v, place, sharing
-        row, offset, self.last, self.size = (v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields)))
-        self.row, self.offset = (cgutils.alloca_once_value(builder, x) for x in (row, offset))
-        self.one_by_one = v.machine.cpu in FETCH_ONE_BY_ONE
-        self.together = 1 if self.one_by_one else TOGETHER
-        self.of_a_row = v.over(self.size, LINE)
-        if self.one_by_one:
-            start = v.load(row, I64)
-            self.line = cgutils.alloca_once_value(builder, builder.add(start, offset))
-            self.end = cgutils.alloca_once_value(builder, builder.add(start, self.size))
-
-    def part(self, form: Format, head_dim: ir.Value, percent: int) -> ir.Value:
-        """So many percent of the lines of one head's tile."""
-        v, builder = self.v, self.v.builder
-        lines = v.over(builder.mul(head_dim, ir.Constant(I64, form.itemsize)), LINE)
-        return v.over(builder.mul(lines, ir.Constant(I64, 2 * form.tile * percent)), 100)
-
-    def portion(self, lines: ir.Value, sharing: ir.Value, together: int = TOGETHER) -> Portion:
-        """What to `fetch`, at most so many lines together, for one of those that share in `lines`."""
-        together = min(self.together, together)
-        builder, most = self.v.builder, ir.Constant(I64, together)
-        each = builder.select(builder.icmp_unsigned("<", self.of_a_row, most), self.of_a_row, most)
-        own = builder.mul(sharing, each)
-        return Portion(builder.udiv(builder.add(lines, builder.sub(own, ir.Constant(I64, 1))), own), together)
-
-    def share(self, lines: int) -> None:
-        """Fetch this part's share of so many lines."""
-        with self.v.builder.goto_entry_block():
-            portion = self.portion(ir.Constant(I64, lines), self.sharing, lines)
-        self.fetch(portion)
-
-    def fetch(self, portion: Portion) -> None:
-        """Fetch the next lines; after the last row, that one over and over, which costs nothing."""
-        with self.v.loop(portion.times):
-            if self.one_by_one:
-                self._fetch_one()
-            else:
-                self._fetch_some(portion.together)
-
-    def _fetch_one(self) -> None:
-        v, builder = self.v, self.v.builder
-        line, row = builder.load(self.line), builder.load(self.row)
-        v.prefetch(line)
-        line = v.address(line, 1, LINE)
-        ends = builder.icmp_unsigned(">=", line, builder.load(self.end))
-        row = self._row_behind(row, ends)
-        start = v.load(row, I64)
-        builder.store(row, self.row)
-        builder.store(builder.select(ends, start, line), self.line)
-        builder.store(builder.select(ends, builder.add(start, self.size), builder.load(self.end)), self.end)
-
-    def _fetch_some(self, together: int) -> None:
-        v, builder = self.v, self.v.builder
-        row, offset = builder.load(self.row), builder.load(self.offset)
-        line = builder.add(v.load(row, I64), offset)
-        for i in range(together):
-            v.prefetch(v.address(line, i, LINE))
-        offset = v.address(offset, together, LINE)
-        ends = builder.icmp_unsigned(">=", offset, self.size)
-        builder.store(self._row_behind(row, ends), self.row)
-        builder.store(builder.select(ends, ir.Constant(I64, 0), offset), self.offset)
-
-    def _row_behind(self, row: ir.Value, ends: ir.Value) -> ir.Value:
-        builder = self.v.builder
-        more = builder.icmp_unsigned("<", row, self.last)
-        return builder.select(builder.and_(more, ends), self.v.address(row, 1, 8), row)
-
-    def keep(self) -> None:
-        """Leave the place for the next part."""
-        v, builder = self.v, self.v.builder
-        offset = builder.load(self.offset)
-        if self.one_by_one:
-            offset = builder.sub(builder.load(self.line), builder.sub(builder.load(self.end), self.size))
-        for i, x in enumerate((builder.load(self.row), offset)):
-            v.store(x, v.address(self.place, i, 8))
 
 
 def walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable[..., None]) -> None:
@@ -487,14 +382,15 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
 
     def body(v: Vectors, heads: Any, count: Any, scores: Any, weights: Any, factors: Any, *rest: Any) -> None:
         state, place, head_dim = rest
-        builder, vectors = v.builder, form.tile // v.lanes
+        builder = v.builder
+        few = builder.icmp_signed("<=", count, ir.Constant(I64, form.least_tile))
         count = v.splat(builder.trunc(count, I32))
         blocks = builder.udiv(builder.add(heads, ir.Constant(I64, v.lanes - 1)), ir.Constant(I64, v.lanes))
         size = builder.mul(blocks, ir.Constant(I64, 4 * v.lanes))
         tops, totals, fades, shares = (builder.add(factors, builder.mul(size, ir.Constant(I64, i))) for i in range(4))
         nothing, zero = v.constant(v.floats, float("-inf")), v.constant(v.floats, 0.0)
 
-        def read(h: ir.Value) -> list[ir.Value]:
+        def read(h: ir.Value, vectors: int) -> list[ir.Value]:
             row, found = v.address(scores, h, 4 * form.tile), []
             for i in range(vectors):
                 score = v.load(v.address(row, i, 4 * v.lanes), v.floats)
@@ -502,25 +398,36 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
                 found.append(builder.select(builder.icmp_signed("<", place, count), score, nothing))
             return found
 
-        # A loop of its own: otherwise the processor would wait for one head's largest at a time.
-        with v.loop(heads) as h:
-            v.store(v.reduce("max", read(h)), v.address(tops, h, 4))
         fetcher = Fetcher(v, place, heads) if percent else None
         portion = fetcher and fetcher.portion(fetcher.part(form, head_dim, percent), heads)
-        with v.loop(heads) as h:
-            if fetcher and portion:
-                fetcher.fetch(portion)
-            if meanwhile is not None:
-                fourth = builder.and_(h, ir.Constant(I64, 3))
-                with builder.if_then(builder.icmp_unsigned("==", fourth, ir.Constant(I64, 0))):
-                    meanwhile(v)
-            top = v.load(v.address(tops, h, 4), F32)
-            none = builder.fcmp_ordered("==", top, ir.Constant(F32, float("-inf")))
-            shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
-            exps = [v.exp(builder.fsub(x, shift)) for x in read(h)]
-            line = v.address(weights, h, 4 * form.weight_rows * form.weight_lanes)
-            exps = [_store_weight(v, form, weight, line, i) for i, weight in enumerate(exps)]
-            v.store(v.reduce("fadd", exps), v.address(totals, h, 4))
+
+        def weigh_some(vectors: int) -> None:
+            """The first vectors of scores of all heads."""
+            # A loop of its own: otherwise the processor would wait for one head's largest at a time.
+            with v.loop(heads) as h:
+                v.store(v.reduce("max", read(h, vectors)), v.address(tops, h, 4))
+            with v.loop(heads) as h:
+                if fetcher and portion:
+                    fetcher.fetch(portion)
+                if meanwhile is not None:
+                    fourth = builder.and_(h, ir.Constant(I64, 3))
+                    with builder.if_then(builder.icmp_unsigned("==", fourth, ir.Constant(I64, 0))):
+                        meanwhile(v)
+                top = v.load(v.address(tops, h, 4), F32)
+                none = builder.fcmp_ordered("==", top, ir.Constant(F32, float("-inf")))
+                shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
+                exps = [v.exp(builder.fsub(x, shift)) for x in read(h, vectors)]
+                line = v.address(weights, h, 4 * form.weight_rows * form.weight_lanes)
+                v.store(_store_weights(v, form, exps, line), v.address(totals, h, 4))
+
+        if form.least_tile == form.tile:
+            weigh_some(form.tile // v.lanes)
+        else:
+            with builder.if_else(few) as (then, otherwise):
+                with then:
+                    weigh_some(form.least_tile // v.lanes)
+                with otherwise:
+                    weigh_some(form.tile // v.lanes)
         if fetcher:
             fetcher.keep()
 
@@ -546,13 +453,20 @@ def _weight_of_one(form: Format) -> int:
     return int(256**form.weight_digits) - 1
 
 
-def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, index: int) -> ir.Value:
-    """Vector `index` of a head's weights, into the row or rows of its digits; and what to sum of it.
+def _store_weights(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
+    """A head's weights into the row or rows of its digits; and their sum.
 
     One bfloat16 and two bytes are rounded, and the sum is of what they hold, so that roundings of many weights in one
     direction, or to nothing, do no harm. Three bytes hold more than a float32 of 1 does in its last place, and are cut
     off.
     """
+    if form.integer:
+        return _store_bytes(v, form, weights, at)
+    return v.reduce("fadd", [_store_weight(v, form, weight, at, i) for i, weight in enumerate(weights)])
+
+
+def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, index: int) -> ir.Value:
+    """Vector `index` of a head's weights as float32 or bfloat16; and what to sum of it."""
     builder, lanes, summed = v.builder, v.lanes, weight
 
     def put(value: ir.Value, digit: int) -> None:
@@ -567,25 +481,57 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
 
     if form.pack == 1:
         put(weight, 0)
-    elif form.pack == 2:
+    else:
         for digit in range(form.weight_digits):
             half, weight = v.round_to_bfloat16(weight)
             put(builder.bitcast(half, ir.VectorType(I16, lanes)), digit)
         if form.weight_digits == 1:
             summed = builder.fsub(summed, weight)
-    else:
-        one = _weight_of_one(form)
-        scaled = builder.fmul(weight, v.constant(v.floats, one))
-        if form.weight_digits < 3:
-            scaled = v.float_function("rint", scaled)
-            summed = builder.fmul(scaled, v.constant(v.floats, 1.0 / one))
-        # A NaN becomes a number: the sum of the weights is NaN by then, and so will the result be.
-        whole = builder.fptosi(v.larger(scaled, v.constant(v.floats, 0.0)), v.ints)
-        for digit in range(form.weight_digits):
-            shift = v.constant(v.ints, 8 * (form.weight_digits - 1 - digit))
-            byte = builder.trunc(builder.lshr(whole, shift), ir.VectorType(I8, lanes))
-            put(byte, digit)
     return summed
+
+
+def _store_bytes(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
+    """A head's weights as bytes, of `pack` weights `positions_apart` in a lane; and their sum.
+
+    A NaN becomes some number: the sum of the weights is NaN then, and so will the result be.
+    """
+    builder, one = v.builder, _weight_of_one(form)
+    scale, rounder = v.constant(v.floats, one), v.constant(v.floats, 2.0**23)
+    if form.weight_digits < 3:  # rounded, they are the low bits of a float32
+        rounded = [v.float_function("fma", weight, scale, rounder) for weight in weights]
+        total = v.reduce("fadd", [builder.fsub(x, rounder) for x in rounded])
+        total = builder.fmul(total, ir.Constant(F32, 1.0 / one))
+        whole = [v.as_ints(x) for x in rounded]
+    else:
+        total = v.reduce("fadd", weights)
+        scaled = [v.larger(builder.fmul(weight, scale), v.constant(v.floats, 0.0)) for weight in weights]
+        whole = [builder.fptosi(x, v.ints) for x in scaled]
+    vectors = form.weight_lanes // v.lanes
+    for digit in range(form.weight_digits):
+        row, begin = v.address(at, digit, 4 * form.weight_lanes), 8 * (form.weight_digits - 1 - digit)
+        for i in range(vectors):
+            lanes = v.constant(v.ints, 0)
+            for byte, x in enumerate(whole[i::vectors]):
+                mask = int.from_bytes(bytes(255 * (j == byte) for j in range(4)), "little", signed=True)
+                moved = v.shift(x, 8 * byte - begin)
+                lanes = builder.or_(lanes, builder.and_(moved, v.constant(v.ints, mask)))
+            v.store(lanes, v.address(row, i, 4 * v.lanes))
+    return total
+
+
+def lanes_with_weights(v: Vectors, form: Format, count: ir.Value) -> ir.Value:
+    """How many lanes, from the first on, have all the weights of a tile's first `count` positions."""
+    if form.positions_apart == 1:
+        return v.over(count, form.tile // form.weight_lanes)
+    lanes = ir.Constant(I64, form.weight_lanes)
+    return v.builder.select(v.builder.icmp_unsigned("<", count, lanes), count, lanes)
+
+
+def rows_of_lane(v: Vectors, form: Format, rows: ir.Value, lane: ir.Value) -> list[ir.Value]:
+    """Of the addresses in `rows`, those of the `pack` positions whose weights are in a lane."""
+    apart = form.positions_apart
+    first = v.address(rows, lane, 8 * (form.pack if apart == 1 else 1))
+    return [v.load(v.address(first, i * apart, 8), I64) for i in range(form.pack)]
 
 
 def fold(v: Vectors, form: Format, parts: list[ir.Value], fade: ir.Value, share: ir.Value, out: ir.Value) -> None:
@@ -623,7 +569,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
         kind = v.ints if form.integer else v.floats
         columns = padded(v, form, head_dim)
         fetcher = Fetcher(v, *fetching)
-        groups = builder.udiv(builder.add(positions, ir.Constant(I64, form.pack - 1)), ir.Constant(I64, form.pack))
+        groups = lanes_with_weights(v, form, positions)
 
         def products(first: ir.Value, width: int, count: ir.Value | None, which: range) -> list[list[list[ir.Value]]]:
             """[head][strip][which] sums over the tile, of some of the vectors that the rows' vectors become."""
@@ -635,8 +581,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             for total in (x for head in totals for strip in head for column in strip for x in column):
                 builder.store(v.constant(kind, 0), total)
             with v.loop(groups) as group:
-                place = v.address(rows, group, 8 * form.pack)
-                here = [v.load(v.address(place, i, 8), I64) for i in range(form.pack)]
+                here = rows_of_lane(v, form, rows, group)
                 fetcher.share(max(1, len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
                 lines = v.address(weights, group, 4)
                 lanes = [

@@ -1,6 +1,7 @@
 """The Numba implementation: what is its own, beyond the grid that it shares with the others."""
 
 import ctypes
+import dataclasses
 import os
 import pathlib
 import re
@@ -14,14 +15,17 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from cases import TOLERANCE, Case, assert_close, run_reference
+from llvmlite import ir
 
 import numba_kernels
 from jax_ifa import incre_flash_attention
 from numba_kernels import amx, build, formats, launch
 from numba_kernels import machine as machine_module
+from numba_kernels.call import TILE_SPAN
 from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, describe, this_machine
 from numba_kernels.tiles import Tile, module_of
+from numba_kernels.vectors import I64, Vectors
 
 AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
 AMX = AVX512 | dict.fromkeys(("amx-tile", "amx-bf16", "amx-int8"), True)
@@ -318,6 +322,54 @@ def test_more_heads_side_by_side_than_are_read_together() -> None:
     case = Case(heads=12, kv_heads=12, head_dim=256, capacity=100, layout="BSND", lengths=(100, 41), mask="4d")
     (out, lse), args, kwargs = call(case)
     assert_close(out, lse, args, kwargs)
+
+
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rows_that_are_far_apart_are_read_in_shorter_tiles(dtype: str, block: int) -> None:
+    """Windows that end anywhere in these."""
+    case = Case(batch=4, heads=8, kv_heads=8, head_dim=256, capacity=112, layout="BSND", dtype=dtype, block=block)
+    case = dataclasses.replace(case, lengths=(112, 49, 17, 1), mask="4d")
+    form = format_of(dtype, False, this_machine())
+    assert form.least_tile < form.tile
+    assert form.tile * 8 * 256 * form.itemsize > TILE_SPAN
+    (out, lse), args, kwargs = call(case)
+    assert_close(out, lse, args, kwargs)
+
+
+@pytest.mark.parametrize("group", [1, 5, 8])
+@pytest.mark.parametrize("int8,dtype", [(True, "bfloat16"), (True, "float32"), (False, "bfloat16"), (False, "float16")])
+def test_every_length_up_to_two_tiles(int8: bool, dtype: str, group: int) -> None:
+    case = Case(batch=64, heads=group, kv_heads=1, head_dim=36, capacity=128, int8=int8, dtype=dtype, lengths="ragged")
+    args, kwargs = case.inputs()
+    kwargs |= dict(actual_seq_lengths=np.arange(1, 129, 2, dtype=np.int32))
+    out = incre_flash_attention(*args, implementation="numba", **kwargs)
+    expected, _ = run_reference(args, kwargs)
+    largest = np.maximum(1, np.abs(expected).max(axis=-1, keepdims=True))
+    np.testing.assert_allclose(np.asarray(out, np.float64) / largest, expected / largest, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_exp() -> None:
+    """To within what rounding its argument changes; 0 below, and of nothing seen; NaN of NaN."""
+    machine = this_machine()
+    module = ir.Module("exp")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64, I64, I64]), "exp")
+    builder = ir.IRBuilder(function.append_basic_block())
+    v = Vectors(builder, machine)
+    source, to, count = function.args
+    with v.loop(count) as i:
+        x = v.load(v.address(source, i, 4 * v.lanes), v.floats)
+        v.store(v.exp(x), v.address(to, i, 4 * v.lanes))
+    builder.ret_void()
+    engine = build.native_engine(llvm.parse_assembly(str(module)), machine)
+    run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(engine.get_function_address("exp"))
+    special = np.array([0, -0.0, -np.inf, np.nan, -87.4, -1e30, -3e38, -1e-30], np.float32)
+    x = np.concatenate([special, -np.geomspace(1e-6, 87.2, 4088, dtype=np.float32)])
+    found = np.empty_like(x)
+    run(x.ctypes.data, found.ctypes.data, len(x) // v.lanes)
+    np.testing.assert_array_equal(found[:8], np.array([1, 1, 0, np.nan, 0, 0, 0, 1], np.float32))
+    exact = np.exp(x[8:].astype(np.float64))
+    np.testing.assert_array_less(np.abs(found[8:] / exact - 1), 8e-8 + 3e-9 * np.abs(x[8:]))
 
 
 def test_a_masked_value_that_one_head_wants_and_another_does_not() -> None:
