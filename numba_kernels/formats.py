@@ -1,8 +1,9 @@
 """How an element of the cache meets the query: as float32, or several at a time in a narrow dot product.
 
 All products of the kernels are of 32-bit lanes, which hold one float32, a pair of bfloat16, or a quad of int8; `pack`
-says how many. On one side is the query (or the softmax weights), with consecutive elements side by side in a lane; on
-the other the elements of a key (or those of consecutive values, interleaved), in the same way.
+says how many. On one side is the query, with consecutive elements side by side in a lane, or the softmax weights, with
+those of positions that are `positions_apart`; on the other, in the same way, the elements of a key, or those of as many
+values, interleaved.
 
 A narrow lane holds fewer bits than a float32. So query and weights are split into digits, each a row of its own, whose
 products are put together in float32. With three bytes, x = scale * (2**16 * high + 2**8 * middle + low) to within
