@@ -70,7 +70,9 @@ def _chains_of_vectors(v: Vectors, form: Format, address: ir.Value, steps: ir.Va
         builder.store(v.constant(kind, 0), total)
     with v.loop(steps):
         for total in totals:
-            builder.store(v.dot(builder.load(total), factor, factor, form.pack, "a"), total)
+            sum_ = builder.load(total)
+            # Of int16 the product and its sum are two instructions: the first must not be the same in every step.
+            builder.store(v.dot(sum_, factor, sum_ if form.words else factor, form, "a"), total)
     for i, total in enumerate(totals):
         v.store(builder.load(total), v.address(address, i, 4 * v.lanes))
 

@@ -150,7 +150,7 @@ class _Rows:
                 with v.loop(ir.Constant(I64, ROWS)) as i:
                     row = builder.add(v.load(v.address(rows, i, 8), I64), offset)
                     for strip in range(width):
-                        line = v.load_lanes(self.form, row, strip, some)
+                        (line,) = v.load_parts(self.form, row, strip, some)
                         v.store(line, v.address(v.address(own, i, width * LINE), strip, LINE))
                 v.store(own, v.address(self.starts, matrix, 8))
                 v.store(ir.Constant(I64, width * LINE), v.address(self.strides, matrix, 8))
@@ -181,7 +181,7 @@ class _Interleaved:
                 self.fetcher.share(each)
                 number = builder.add(builder.mul(matrix, ir.Constant(I64, ROWS)), lane)
                 here = [builder.add(row, offset) for row in rows_of_lane(v, self.form, self.rows, number)]
-                parts = v.interleave([v.load_lanes(self.form, row, strip, some) for row in here])
+                parts = v.interleave([part for row in here for part in v.load_parts(self.form, row, strip, some)])
                 for i, part in enumerate(parts):
                     v.store(part, v.address(self._place(matrix, strip * pack + i), lane, LINE))
 
@@ -316,7 +316,7 @@ def _values(form: Format) -> Tile:
                     builder.store(v.constant(v.floats, 0.0), total)
                 with v.loop(count) as position:
                     row = builder.add(v.load(v.address(rows, position, 8), I64), offset)
-                    pairs = v.load_lanes(form, row, strip, some)
+                    (pairs,) = v.load_parts(form, row, strip, some)
                     elements = builder.shl(pairs, v.constant(v.ints, 16)), builder.and_(pairs, v.constant(v.ints, ODD))
                     at = v.address(own, position, 4)
                     found = [v.load(v.address(at, digit * pack, weight_bytes), I32) for digit in range(digits)]

@@ -146,9 +146,9 @@ def bias_at(call, b, head, t):  # type: ignore[no-untyped-def]
 
 
 @native
-def head_state(call, lanes, pack):  # type: ignore[no-untyped-def]
+def head_state(call, lanes, strip):  # type: ignore[no-untyped-def]
     """Bytes of a kv head's state: outputs (G, columns), largest scores and sums of weights (2, G padded to vectors)."""
-    return 4 * (call.group * up(call.head_dim, lanes * pack) + 2 * up(call.group, lanes))
+    return 4 * (call.group * up(call.head_dim, strip) + 2 * up(call.group, lanes))
 
 
 class Scratch(NamedTuple):
@@ -175,11 +175,11 @@ SCRATCH_BYTES = WORD * len(Scratch._fields)
 
 def query_size_of(form: Format, machine: Machine) -> Any:
     """A Numba function: the bytes of the query heads of one kv head in the scratch for a call."""
-    lanes, pack, heads, columns = machine.lanes, form.pack, form.query_heads, form.query_lanes
+    pack, heads, columns, strip = form.pack, form.query_heads, form.query_lanes, machine.lanes * form.per_lane
 
     @native
     def query_size(call):  # type: ignore[no-untyped-def]
-        return 4 * columns * ((call.group + heads - 1) // heads) * (up(call.head_dim, lanes * pack) // pack)
+        return 4 * columns * ((call.group + heads - 1) // heads) * (up(call.head_dim, strip) // pack)
 
     return query_size
 
@@ -187,6 +187,7 @@ def query_size_of(form: Format, machine: Machine) -> Any:
 def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
     """Two Numba functions: the bytes of a `Scratch` for a call, wherever it begins; and the one at an address."""
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
+    strip = lanes * form.per_lane
     query_digits, weight_rows, weight_lanes = form.query_digits, form.weight_rows, form.weight_lanes
     line = 64
     more = MATRIX_COLUMNS if form.amx else 0
@@ -195,7 +196,7 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
     @native
     def parts_of(call, base):  # type: ignore[no-untyped-def]
         """The record first, then every part on a cache line of its own."""
-        length = up(call.head_dim, lanes * pack) // pack
+        length = up(call.head_dim, strip) // pack
         heads = call.unit_heads * call.group
         plain = up(base + SCRATCH_BYTES, line)
         query = up(plain + 4 * query_digits * length, line)
@@ -205,7 +206,7 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         weights = up(scores + 4 * (call.group + more) * tile, line)
         factors = up(weights + 4 * (call.group * weight_rows + more) * weight_lanes, line)
         state = up(factors + 16 * up(call.group, lanes), line)
-        place = up(state + call.unit_heads * head_state(call, lanes, pack), line)
+        place = up(state + call.unit_heads * head_state(call, lanes, strip), line)
         rows = up(place + PLACE_BYTES, line)
         matrices = up(rows + WORD * 2 * (2 * tile + SERIES), line)
         zeros = matrices + line

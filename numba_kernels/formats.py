@@ -1,14 +1,15 @@
 """How an element of the cache meets the query: as float32, or several at a time in a narrow dot product.
 
-All products of the kernels are of 32-bit lanes, which hold one float32, a pair of bfloat16, or a quad of int8; `pack`
-says how many. On one side is the query, with consecutive elements side by side in a lane, or the softmax weights, with
-those of positions that are `positions_apart`; on the other, in the same way, the elements of a key, or those of as many
-values, interleaved.
+All products of the kernels are of 32-bit lanes, which hold one float32, a pair of bfloat16, a quad of int8, or a pair
+of int16 that are int8 in the cache; `pack` says how many. On one side is the query, with consecutive elements side by
+side in a lane, or the softmax weights, with those of positions that are `positions_apart`; on the other, in the same
+way, the elements of a key, or those of as many values, interleaved.
 
 A narrow lane holds fewer bits than a float32. So query and weights are split into digits, each a row of its own, whose
 products are put together in float32. With three bytes, x = scale * (2**16 * high + 2**8 * middle + low) to within
 float32's own precision; with two bfloat16, x = high + low to within 2**-17. A query that is bfloat16 already needs one.
-Where 16 bits of the result are all that is kept of it, two bytes do, which hold 16 bits, and one bfloat16 for a weight.
+Where 16 bits of the result are all that is kept of it, two bytes do, which hold 16 bits, or one int16, and one bfloat16
+for a weight.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Format:
     Attributes:
       name: of the format, for messages and caches of compiled code.
       dtype: of the cache.
-      pack: elements in a 32-bit lane: 1 converts to float32, 2 multiplies pairs of bfloat16, 4 quads of int8.
+      pack: elements in a 32-bit lane: 1 converts to float32, 2 multiplies pairs of bfloat16 or int16, 4 quads of int8.
       query_digits: rows that hold one query head.
       weight_digits: rows that hold the weights of one query head.
       tile: positions read at a time, at most.
@@ -43,6 +44,19 @@ class Format:
     amx: bool = False
 
     @property
+    def per_lane(self) -> int:
+        """Elements of a row that are read together for each lane of a vector: bfloat16 is read in pairs.
+
+        Where it is converted, these become two vectors (`Vectors.load_parts`), with no more instructions than one.
+        """
+        return 2 if self.dtype == "bfloat16" else self.pack
+
+    @property
+    def parts(self) -> int:
+        """Vectors that a reading of one row becomes."""
+        return self.per_lane // self.pack
+
+    @property
     def query_heads(self) -> int:
         """Query heads whose digits are stored side by side, in `query_lanes` lanes for each lane of a row."""
         return MATRIX_COLUMNS // self.query_digits if self.amx else 1
@@ -55,7 +69,7 @@ class Format:
     @property
     def interleaved(self) -> bool:
         """Whether `pack` rows of values are interleaved, so that a lane is of one element; else see amx.py."""
-        return not self.amx or self.pack == 4
+        return not self.amx or self.integer
 
     @property
     def weight_rows(self) -> int:
@@ -90,7 +104,17 @@ class Format:
     @property
     def integer(self) -> bool:
         """Whether the product accumulates in int32."""
-        return self.pack == 4
+        return self.dtype == "int8" and self.pack > 1
+
+    @property
+    def words(self) -> bool:
+        """Whether int8 becomes int16 when it is read. Products of these are signed; of bytes, one side is not."""
+        return self.integer and self.pack == 2
+
+    @property
+    def digit_bits(self) -> int:
+        """Bits of a digit where the product is of integers."""
+        return 32 // self.pack
 
     def code(self, machine: Machine) -> Any:
         """The decode loop for it; see `build.Kernel`."""
@@ -117,4 +141,6 @@ def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False,
     if dtype == "int8" and (machine.int8_dot or amx):
         digits = 2 if narrow else 3
         return Format(f"int8_{kind}", dtype, 4, digits, digits, 64, amx)
+    if dtype == "int8" and machine.int16_dot and narrow:
+        return Format("int8_words_narrow", dtype, 2, 1, 1, 64)
     return Format(dtype, dtype, 1, 1, 1, 32 if dtype == "float32" else 64)

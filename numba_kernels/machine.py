@@ -23,6 +23,7 @@ class Machine:
       registers: vectors that the processor names.
       bfloat16_dot: the instruction that multiplies pairs of bfloat16 and adds them to float32 lanes, or None.
       int8_dot: the instruction that multiplies quads of uint8 by int8 and adds them to int32 lanes, or None.
+      int16_dot: the instruction that multiplies pairs of int16 and adds the two products, in int32 lanes, or None.
       amx: whether it multiplies matrices of bfloat16 and of int8: x86's AMX.
     """
 
@@ -32,6 +33,7 @@ class Machine:
     registers: int
     bfloat16_dot: str | None
     int8_dot: str | None
+    int16_dot: str | None = None
     amx: bool = False
 
 
@@ -50,11 +52,11 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
             if has("avx512vnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.512"
             amx = has("amx-tile", "amx-bf16", "amx-int8")
-            return Machine(cpu, flags, 16, 32, bfloat16_dot, int8_dot, amx)
+            return Machine(cpu, flags, 16, 32, bfloat16_dot, int8_dot, "llvm.x86.avx512.pmaddw.d.512", amx)
         if has("avx2", "fma"):
             if has("avxvnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.256"
-            return Machine(cpu, flags, 8, 16, None, int8_dot)
+            return Machine(cpu, flags, 8, 16, None, int8_dot, "llvm.x86.avx2.pmadd.wd")
     elif architecture in ("aarch64", "arm64"):
         if has("bf16"):
             bfloat16_dot = "llvm.aarch64.neon.bfdot.v4f32.v8bf16"

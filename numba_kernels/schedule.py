@@ -39,19 +39,19 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
     """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the task."""
     stream = make_stream(form, machine, tiles)
     divide, configure, reset = (tiles[name].external for name in ("divide", "configure", "reset"))
-    lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
-    least_tile = form.least_tile
+    lanes, strip = machine.lanes, machine.lanes * form.per_lane
+    tile, least_tile, itemsize = form.tile, form.least_tile, form.itemsize
     scratch_size, lay_out = scratch_of(form, machine)
 
     @native
     def state_size(call):  # type: ignore[no-untyped-def]
-        return call.unit_heads * head_state(call, lanes, pack)
+        return call.unit_heads * head_state(call, lanes, strip)
 
     @native
     def parts_of(call, state, i):  # type: ignore[no-untyped-def]
         """Where the state of a unit has what belongs to its query head i: output, largest score, sum of weights."""
-        columns, padded = up(call.head_dim, lanes * pack), up(call.group, lanes)
-        head = state + head_state(call, lanes, pack) * (i // call.group)
+        columns, padded = up(call.head_dim, strip), up(call.group, lanes)
+        head = state + head_state(call, lanes, strip) * (i // call.group)
         top = head + 4 * (call.group * columns + i % call.group)
         return head + 4 * columns * (i % call.group), top, top + 4 * padded
 

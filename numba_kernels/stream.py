@@ -38,7 +38,7 @@ MEMORY_PAGE = 4096  # bytes, at least
 
 def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last, next_b, next_unit)`."""
-    lanes, pack, line = machine.lanes, form.pack, form.tile
+    lanes, strip, line = machine.lanes, machine.lanes * form.per_lane, form.tile
     query_digits, itemsize = form.query_digits, form.itemsize
     series, split, score, weigh, add_values = (
         tiles[name].external for name in ("series", "split", "scores", "weigh", "values")
@@ -73,8 +73,8 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
             query = call.query + 4 * call.head_dim * ((b * call.heads + first_head) * call.group + i)
             split(query, call.scale + 4 * b, s.initial + 4 * query_digits * i, s.weight + 4 * i, s.plain, call.head_dim)
             arrange(call, s, i // call.group, i % call.group)
-        columns = up(call.head_dim, lanes * pack)
-        size = head_state(call, lanes, pack)
+        columns = up(call.head_dim, strip)
+        size = head_state(call, lanes, strip)
         series(s.state, 0, 0, call.unit_heads * size // WORD)
         for h in range(call.unit_heads):
             for g in range(call.group):
@@ -130,14 +130,14 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     def advance(call, s, rows, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
         """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit."""
         values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
-        columns, padded = up(head_dim, lanes * pack), up(group, lanes)
+        columns, padded = up(head_dim, strip), up(group, lanes)
         query = s.query + query_size(call) * h
         initial, weight = s.initial + 4 * query_digits * group * h, s.weight + 4 * group * h
         head = call.head_stride * h
         score(group, query, initial, weight, s.scores, rows, head, s.place, count, head_dim)
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
-        state = s.state + head_state(call, lanes, pack) * h
+        state = s.state + head_state(call, lanes, strip) * h
         weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns, s.place, head_dim)
         if call.mask != 0:
             if h > 0:  # again with those that the head before had no use for
@@ -174,12 +174,17 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
 
 def _arrange_parts(form: Format, machine: Machine) -> Any:
     """A Numba function: put query head g of the unit's kv head h from its plain rows to where `scores` wants it."""
-    lanes, pack, query_digits, parts = machine.lanes, form.pack, form.query_digits, query_parts(form, machine)
+    strip, pack, query_digits, parts = (
+        machine.lanes * form.per_lane,
+        form.pack,
+        form.query_digits,
+        query_parts(form, machine),
+    )
     query_size = query_size_of(form, machine)
 
     @native
     def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
-        length = up(call.head_dim, lanes * pack) // pack
+        length = up(call.head_dim, strip) // pack
         first = 0
         for kind in range(len(parts)):
             heads, piece = parts[kind]
@@ -200,18 +205,13 @@ def _arrange_parts(form: Format, machine: Machine) -> Any:
 
 def _arrange_columns(form: Format, machine: Machine) -> Any:
     """The same for the matrices of amx.py, of which every digit of a head is a column."""
-    lanes, pack, query_digits, heads, columns = (
-        machine.lanes,
-        form.pack,
-        form.query_digits,
-        form.query_heads,
-        form.query_lanes,
-    )
+    strip, pack, query_digits = machine.lanes * form.per_lane, form.pack, form.query_digits
+    heads, columns = form.query_heads, form.query_lanes
     query_size = query_size_of(form, machine)
 
     @native
     def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
-        length = up(call.head_dim, lanes * pack) // pack
+        length = up(call.head_dim, strip) // pack
         to = s.query + query_size(call) * h + 4 * columns * length * (g // heads) + 4 * (g % heads)
         for digit in range(query_digits):
             for i in range(length):

@@ -25,13 +25,13 @@ from numba.core import cgutils
 from numba_kernels.fetching import Fetcher
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
-from numba_kernels.vectors import F32, I8, I16, I32, I64, LINE, Vectors
+from numba_kernels.vectors import F32, I16, I32, I64, LINE, Vectors
 
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
 SERIES = 8  # numbers of `series` in a line of memory
-# By the number of digits, with a highest digit of 127. Of three, what is left of a float32 query is below its own last
-# place.
-LARGEST_QUERY = {2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
+# By the number of digits: one of 16 bits, whose products with 512 keys of -128, the largest D, have room in int32; or
+# bytes with a highest of 127. Of three, what is left of a float32 query is below its own last place.
+LARGEST_QUERY = {1: 2**15 - 1, 2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
 _INT = types.int64
 
 
@@ -74,7 +74,7 @@ def make(form: Format, machine: Machine) -> dict[str, Tile]:
     tiles = [Tile("configure", 2, lambda v, group, found: None), Tile("reset", 1, lambda v, found: None)]
     for name, kind, most in (
         ("scores", _scores, 8),
-        ("values", _values, machine.registers // (8 if form.integer else 4)),
+        ("values", _values, machine.registers // (8 if form.pack == 4 else 4)),
     ):
         parts = {heads: kind(form, machine, heads) for heads in HEADS if heads <= most}
         tiles += [*parts.values(), _for_a_group(name, form, parts)]
@@ -130,19 +130,18 @@ def _strides(name: str, v: Vectors, form: Format, head_dim: ir.Value) -> list[ir
 
 
 def padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
-    """D, rounded up to whole vectors of the cache's elements."""
-    size = ir.Constant(I64, v.lanes * form.pack)
-    more = v.builder.add(head_dim, ir.Constant(I64, v.lanes * form.pack - 1))
-    return v.builder.mul(v.builder.udiv(more, size), size)
+    """D, rounded up to what is read together."""
+    size = v.lanes * form.per_lane
+    return v.builder.mul(v.over(head_dim, size), ir.Constant(I64, size))
 
 
 def walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable[..., None]) -> None:
-    """`step(first, width, count)` for all elements of a row: `width` vectors of them from element `first` on.
+    """`step(first, width, count)` for all elements of a row: `width` readings of them from element `first` on.
 
-    As many vectors at a time as `wide` says while there are, then half as many, and so on; then, with one vector, the
+    As many readings at a time as `wide` says while there are, then half as many, and so on; then, with one reading, the
     `count` elements that are left. Otherwise count is None.
     """
-    builder, size = v.builder, v.lanes * form.pack
+    builder, size = v.builder, v.lanes * form.per_lane
     done = ir.Constant(I64, 0)
     while wide:
         span = ir.Constant(I64, size * wide)
@@ -160,9 +159,10 @@ def _beside(form: Format, machine: Machine, heads: int) -> int:
     """R: query heads whose products `scores` has side by side in a vector, in lanes / R lanes each.
 
     Sums of fewer lanes are sooner put together; but a key is read in pieces of so many lanes, R times into a vector,
-    and every reading is to serve two products at least. What is converted is copied for that, which eight heads pay.
+    and every reading is to serve two products at least. What is converted is copied for that, which eight heads pay
+    where vectors are long.
     """
-    if form.converted and heads < 8:
+    if (form.converted and (heads < 8 or machine.lanes == 8)) or form.words:
         return 1
     return _power_of_two(min(heads, machine.lanes // 4, heads * form.query_digits // 2))
 
@@ -197,9 +197,9 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
         builder, kind = v.builder, v.ints if form.integer else v.floats
         blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
         totals = [[cgutils.alloca_once(builder, kind) for _ in range(positions)] for _ in range(vectors)]
-        starts = _first_sums(v, initial, heads, digits, beside) if form.integer else [v.constant(kind, 0.0)] * vectors
+        starts = _first_sums(v, initial, heads, digits, beside) if form.pack == 4 else [v.constant(kind, 0)] * vectors
         factors = v.load(weights, ir.VectorType(F32, heads))
-        copies = [v.room(4 * v.lanes) for _ in range(positions)] if beside > 1 else []
+        copies = [v.room(4 * v.lanes * form.parts) for _ in range(positions)] if beside > 1 else []
         fetcher = Fetcher(v, *fetching)
 
         with v.loop(blocks) as block:
@@ -211,7 +211,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
 
             def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
                 offset = v.address(head, first, form.itemsize)
-                fetcher.share(max(1, positions * width * form.itemsize * form.pack * v.lanes // LINE))
+                fetcher.share(max(1, positions * width * form.itemsize * form.per_lane * v.lanes // LINE))
                 at = v.address(query, first, 4 // form.pack * heads * digits)
                 for i in range(width):
                     keys = [builder.add(row, offset) for row in here]
@@ -219,24 +219,25 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                     pieces = [v.address(key, i, 4 * v.lanes) for key in keys]
                     if beside > 1 and (form.converted or count is not None):
                         for key, copy in zip(keys, copies, strict=True):
-                            v.store(v.load_lanes(form, key, i, count), copy)
+                            for j, part in enumerate(v.load_parts(form, key, i, count)):
+                                v.store(part, v.address(copy, j, 4 * v.lanes))
                         pieces = copies
-                    for j in range(beside):
-                        place = v.address(at, (i * beside + j) * vectors, 4 * v.lanes)
+                    for j in range(form.parts * beside):
+                        place = v.address(at, (i * form.parts * beside + j) * vectors, 4 * v.lanes)
                         queries = [v.load(v.address(place, k, 4 * v.lanes), v.ints) for k in range(vectors)]
                         for p, (key, at_piece) in enumerate(zip(keys, pieces, strict=True)):
                             if beside == 1:
-                                read = v.load_lanes(form, key, i, count)
+                                read = v.load_parts(form, key, i, count)[j]
                             else:
                                 part = v.load(v.address(at_piece, j, 4 * piece), ir.VectorType(I32, piece))
                                 read = v.shuffle(part, part, [*range(piece)] * beside)
-                            if form.integer:
+                            if form.pack == 4:
                                 read = builder.xor(read, v.constant(v.ints, 0x80808080 - 2**32))
                             for k, q in enumerate(queries):
                                 total = totals[k][p]
-                                builder.store(v.dot(builder.load(total), q, read, form.pack, "b"), total)
+                                builder.store(v.dot(builder.load(total), q, read, form, "b"), total)
 
-            walk(v, form, head_dim, max(1, LINE // (v.lanes * form.pack * form.itemsize)), step)
+            walk(v, form, head_dim, max(1, LINE // (v.lanes * form.per_lane * form.itemsize * form.parts)), step)
             for begin in range(0, heads // beside * positions, piece):
                 found = []
                 for digit in range(digits):
@@ -314,14 +315,17 @@ def _split(form: Format) -> Tile:
         factor = v.load(scale, F32)
         if not form.integer:
             v.store(factor, weight)
-            with v.loop(vectors) as i:
-                x = v.as_ints(read(i))
-                if form.pack == 2:  # a bfloat16 already
-                    x = builder.trunc(builder.lshr(x, v.constant(v.ints, 16)), ir.VectorType(I16, v.lanes))
-                v.store(x, v.address(plain, i, size // form.pack))
+            with v.loop(builder.udiv(vectors, ir.Constant(I64, form.parts))) as i:
+                first = builder.mul(i, ir.Constant(I64, form.parts))
+                places = [v.address(first, j, 1) for j in range(form.parts)]
+                for place, x in zip(places, v.apart([read(place) for place in places]), strict=True):
+                    x = v.as_ints(x)
+                    if form.pack == 2:  # a bfloat16 already
+                        x = builder.trunc(builder.lshr(x, v.constant(v.ints, 16)), ir.VectorType(I16, v.lanes))
+                    v.store(x, v.address(plain, place, size // form.pack))
             return
 
-        zero, most = v.constant(v.floats, 0.0), LARGEST_QUERY[form.query_digits]
+        zero, most, bits = v.constant(v.floats, 0.0), LARGEST_QUERY[form.query_digits], form.digit_bits
         largest, wrong, *sums = (cgutils.alloca_once_value(builder, zero) for _ in range(2 + form.query_digits))
         with v.loop(vectors) as i:
             x = read(i)
@@ -337,11 +341,12 @@ def _split(form: Format) -> Tile:
             inside = builder.fcmp_ordered("<=", v.float_function("fabs", x), v.constant(v.floats, most + 2))
             whole = builder.fptosi(v.float_function("rint", builder.select(inside, x, zero)), v.ints)
             for digit in reversed(range(form.query_digits)):
-                half, byte = v.constant(v.ints, 128), v.constant(v.ints, 255)
-                low = builder.sub(builder.and_(builder.add(whole, half), byte), half)
-                whole = builder.ashr(builder.sub(whole, low), v.constant(v.ints, 8))
+                half, ones = v.constant(v.ints, 2 ** (bits - 1)), v.constant(v.ints, 2**bits - 1)
+                low = builder.sub(builder.and_(builder.add(whole, half), ones), half)
+                whole = builder.ashr(builder.sub(whole, low), v.constant(v.ints, bits))
                 to = builder.add(plain, builder.mul(row, ir.Constant(I64, digit)))
-                v.store(builder.trunc(low, ir.VectorType(I8, v.lanes)), v.address(to, i, v.lanes))
+                kind = ir.VectorType(ir.IntType(bits), v.lanes)
+                v.store(builder.trunc(low, kind), v.address(to, i, size // form.pack))
                 builder.store(builder.fadd(builder.load(sums[digit]), builder.sitofp(low, v.floats)), sums[digit])
         for digit, sum_ in enumerate(sums):  # what the keys are raised by is taken back; the floats are integers
             raised = builder.mul(builder.fptosi(v.reduce("fadd", [builder.load(sum_)]), I32), ir.Constant(I32, -128))
@@ -450,15 +455,15 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
 
 def _weight_of_one(form: Format) -> int:
     """The integer that the digits of a weight of 1 hold."""
-    return int(256**form.weight_digits) - 1
+    return (1 << form.digit_bits * form.weight_digits - form.words) - 1
 
 
 def _store_weights(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
     """A head's weights into the row or rows of its digits; and their sum.
 
-    One bfloat16 and two bytes are rounded, and the sum is of what they hold, so that roundings of many weights in one
-    direction, or to nothing, do no harm. Three bytes hold more than a float32 of 1 does in its last place, and are cut
-    off.
+    One bfloat16, two bytes and an int16 are rounded, and the sum is of what they hold, so that many weights rounded in
+    one direction, or to nothing, do no harm. Three bytes hold more than a float32 of 1 does in its last place, and are
+    cut off.
     """
     if form.integer:
         return _store_bytes(v, form, weights, at)
@@ -491,11 +496,11 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
 
 
 def _store_bytes(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
-    """A head's weights as bytes, of `pack` weights `positions_apart` in a lane; and their sum.
+    """A head's weights as bytes or int16, of `pack` weights `positions_apart` in a lane; and their sum.
 
     A NaN becomes some number: the sum of the weights is NaN then, and so will the result be.
     """
-    builder, one = v.builder, _weight_of_one(form)
+    builder, one, bits = v.builder, _weight_of_one(form), form.digit_bits
     scale, rounder = v.constant(v.floats, one), v.constant(v.floats, 2.0**23)
     if form.weight_digits < 3:  # rounded, they are the low bits of a float32
         rounded = [v.float_function("fma", weight, scale, rounder) for weight in weights]
@@ -508,13 +513,13 @@ def _store_bytes(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value
         whole = [builder.fptosi(x, v.ints) for x in scaled]
     vectors = form.weight_lanes // v.lanes
     for digit in range(form.weight_digits):
-        row, begin = v.address(at, digit, 4 * form.weight_lanes), 8 * (form.weight_digits - 1 - digit)
+        row, begin = v.address(at, digit, 4 * form.weight_lanes), bits * (form.weight_digits - 1 - digit)
         for i in range(vectors):
             lanes = v.constant(v.ints, 0)
-            for byte, x in enumerate(whole[i::vectors]):
-                mask = int.from_bytes(bytes(255 * (j == byte) for j in range(4)), "little", signed=True)
-                moved = v.shift(x, 8 * byte - begin)
-                lanes = builder.or_(lanes, builder.and_(moved, v.constant(v.ints, mask)))
+            for place, x in enumerate(whole[i::vectors]):
+                mask = (2**bits - 1) << bits * place
+                moved = v.shift(x, bits * place - begin)
+                lanes = builder.or_(lanes, builder.and_(moved, v.constant(v.ints, mask - (mask >> 31 << 32))))
             v.store(lanes, v.address(row, i, 4 * v.lanes))
     return total
 
@@ -560,8 +565,10 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     """
     digits = form.weight_digits
     sums = digits if form.integer else 1  # digits that are floats are summed as one
-    wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.pack)  # vectors of a row
-    at_once = 2 if form.integer else form.pack  # of the `pack` vectors that these become: more would not fit
+    wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.per_lane)  # readings of a row
+    at_once = 2 if form.integer else form.per_lane  # of the vectors that these become: more would not fit
+    # Lanes of weights at a time, so that a line is read, for which one is fetched.
+    together = max(1, LINE // (at_once * wide * machine.lanes * form.pack * form.itemsize))
 
     def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, positions, head_dim = rest
@@ -569,7 +576,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
         kind = v.ints if form.integer else v.floats
         columns = padded(v, form, head_dim)
         fetcher = Fetcher(v, *fetching)
-        groups = lanes_with_weights(v, form, positions)
+        groups = v.over(lanes_with_weights(v, form, positions), together)
 
         def products(first: ir.Value, width: int, count: ir.Value | None, which: range) -> list[list[list[ir.Value]]]:
             """[head][strip][which] sums over the tile, of some of the vectors that the rows' vectors become."""
@@ -581,33 +588,37 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             for total in (x for head in totals for strip in head for column in strip for x in column):
                 builder.store(v.constant(kind, 0), total)
             with v.loop(groups) as group:
-                here = rows_of_lane(v, form, rows, group)
-                fetcher.share(max(1, len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
-                lines = v.address(weights, group, 4)
-                lanes = [
-                    [
-                        v.splat(v.load(v.address(lines, (h * digits + i) * form.weight_lanes, 4), I32))
-                        for i in range(digits)
-                    ]
-                    for h in range(heads)
-                ]
-                for strip in range(width):
-                    read = [v.load_lanes(form, builder.add(row, offset), strip, count) for row in here]
-                    found = v.interleave(read)
-                    for h in range(heads):
-                        for i, column in enumerate(which):
-                            for digit in range(digits):
-                                total = totals[h][strip][i][digit % sums]
-                                product = v.dot(builder.load(total), lanes[h][digit], found[column], form.pack, "a")
-                                builder.store(product, total)
+                fetcher.share(max(1, together * len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
+                first_lane = builder.mul(group, ir.Constant(I64, together))
+                for i in range(together):
+                    add_products(v.address(first_lane, i, 1), offset, count, which, totals)
             return [
                 [[digits_together(v, form, [builder.load(x) for x in column]) for column in strip] for strip in head]
                 for head in totals
             ]
 
+        def add_products(lane: ir.Value, offset: ir.Value, count: ir.Value | None, which: range, totals: Any) -> None:
+            """Of the values whose weights are in one lane."""
+            here = rows_of_lane(v, form, rows, lane)
+            lines = v.address(weights, lane, 4)
+            factors = [
+                [v.splat(v.load(v.address(lines, (h * digits + i) * form.weight_lanes, 4), I32)) for i in range(digits)]
+                for h in range(heads)
+            ]
+            for strip in range(len(totals[0])):
+                read = [v.load_parts(form, builder.add(row, offset), strip, count) for row in here]
+                found = v.interleave([part for (part,) in read]) if form.parts == 1 else read[0]
+                for h in range(heads):
+                    for i, column in enumerate(which):
+                        for digit in range(digits):
+                            total = totals[h][strip][i][digit % sums]
+                            product = v.dot(builder.load(total), factors[h][digit], found[column], form, "a")
+                            builder.store(product, total)
+
         def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
             halves = [
-                products(first, width, count, range(begin, begin + at_once)) for begin in range(0, form.pack, at_once)
+                products(first, width, count, range(begin, begin + at_once))
+                for begin in range(0, form.per_lane, at_once)
             ]
             for h in range(heads):
                 line = builder.add(
@@ -615,7 +626,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                 )
                 for strip in range(width):
                     parts = [part for half in halves for part in half[h][strip]]
-                    at = v.address(line, strip * form.pack, size)
+                    at = v.address(line, strip * form.per_lane, size)
                     fold(v, form, parts, v.address(fades, h, 4), v.address(shares, h, 4), at)
 
         walk(v, form, head_dim, wide, step)

@@ -25,7 +25,7 @@ LINE = 64  # bytes of a cache line
 # cache of these processors, where that is faster.
 FETCH_TO_FIRST_LEVEL = ("znver5",)
 # Of these processors the memory is slower when several lines are asked for at once.
-FETCH_ONE_BY_ONE = ("znver4", "znver5")
+FETCH_ONE_BY_ONE = ("znver3", "znver4", "znver5")
 
 
 class Vectors:
@@ -70,7 +70,10 @@ class Vectors:
         return self.builder.ptrtoint(place, I64)
 
     def load_first(self, address: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
-        """The first `count` elements at an address, and zeros: nothing behind them is read."""
+        """The first `count` elements at an address, at least one, and zeros: nothing behind them is read."""
+        bits = kind.element.width if isinstance(kind.element, ir.IntType) else 32
+        if bits < 32 and self.lanes < 16:
+            return self._load_first_narrow(address, kind, count, 32 // bits)
         name = f"llvm.masked.load.v{kind.count}{_suffix(kind.element)}.p0"
         mask_kind = ir.VectorType(ir.IntType(1), kind.count)
         places = ir.Constant(ir.VectorType(I64, kind.count), list(range(kind.count)))
@@ -78,6 +81,21 @@ class Vectors:
         pointer = self.builder.inttoptr(address, kind.as_pointer())
         function = self.function(name, kind, (pointer.type, I32, mask_kind, kind))
         return self.builder.call(function, (pointer, ir.Constant(I32, 1), mask, ir.Constant(kind, None)))
+
+    def _load_first_narrow(self, address: ir.Value, kind: ir.VectorType, count: ir.Value, share: int) -> ir.Value:
+        """The same where only loads of whole lanes can be masked, which hold `share` elements each."""
+        builder = self.builder
+        whole = builder.udiv(count, ir.Constant(I64, share))
+        words = self.load_first(address, ir.VectorType(I32, kind.count // share), whole)
+        elements, last = builder.bitcast(words, kind), builder.sub(count, ir.Constant(I64, 1))
+        for i in range(1, share):  # what is left, or the last element once more
+            index = self.address(builder.mul(whole, ir.Constant(I64, share)), i - 1, 1)
+            index = builder.select(builder.icmp_unsigned("<", index, last), index, last)
+            element = self.load(self.address(address, index, kind.element.width // 8), kind.element)
+            places = ir.Constant(ir.VectorType(I64, kind.count), list(range(kind.count)))
+            here = builder.icmp_signed("==", places, self.splat(index, kind.count))
+            elements = builder.select(here, self.splat(element, kind.count), elements)
+        return elements
 
     def prefetch(self, address: ir.Value) -> None:
         """Have the cache line at an address fetched; any address will do."""
@@ -119,18 +137,23 @@ class Vectors:
             vector = both(*(self.shuffle(vector, vector, half) for half in halves))
         return self.builder.extract_element(vector, ir.Constant(I32, 0))
 
-    def dot(self, total: ir.Value, a: ir.Value, b: ir.Value, pack: int, unsigned: str) -> ir.Value:
+    def dot(self, total: ir.Value, a: ir.Value, b: ir.Value, form: Format, unsigned: str) -> ir.Value:
         """Add the dot product of a and b to the total, in every lane.
 
         Args:
-          total: float32 lanes, or int32 where pack is 4.
-          a, b: lanes of one float32, two bfloat16 or four int8.
-          pack: 1, 2 or 4.
-          unsigned: "a" or "b", which one of them is uint8 where pack is 4.
+          total: float32 lanes, or int32 of an integer format.
+          a, b: lanes of one float32, two bfloat16, two int16 or four int8.
+          form: which of them.
+          unsigned: "a" or "b", which one of them is uint8 where they are bytes.
         """
-        if pack == 1:
+        if form.pack == 1:
             return self.float_function("fma", self.as_floats(a), self.as_floats(b), total)
-        if pack == 2:
+        if form.words:
+            kind = ir.VectorType(I16, 2 * self.lanes)
+            a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
+            function = self.function(str(self.machine.int16_dot), self.ints, (kind, kind))
+            return self.builder.add(total, self.builder.call(function, (a, b)))
+        if form.pack == 2:
             name, kind = self.machine.bfloat16_dot, ir.VectorType(_BFLOAT, 2 * self.lanes)
             a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
         else:
@@ -205,6 +228,14 @@ class Vectors:
         first, second = self.alternate(sums[0], sums[1], 4), self.alternate(sums[2], sums[3], 4)
         return [x for a, b in zip(first, second, strict=True) for x in self.alternate(a, b, 8)]
 
+    def apart(self, vectors: Sequence[ir.Value]) -> list[ir.Value]:
+        """The inverse of `in_order` for one vector, or two."""
+        if len(vectors) == 1 or self.lanes == 4:
+            return list(vectors)
+        a, b = vectors
+        halves = range(0, 2 * self.lanes, 8), range(4, 2 * self.lanes, 8)
+        return [self.shuffle(a, b, [at + i for at in half for i in range(4)]) for half in halves]
+
     def alternate(self, a: ir.Value, b: ir.Value, size: int) -> list[ir.Value]:
         """Blocks of `size` lanes of two vectors in turn, as two vectors."""
         n = self.lanes
@@ -276,26 +307,30 @@ class Vectors:
         bits = self.builder.zext(self.builder.bitcast(half, ir.VectorType(I16, self.lanes)), self.ints)
         return half, self.builder.fsub(x, self.as_floats(self.builder.shl(bits, self.constant(self.ints, 16))))
 
-    def load_lanes(self, form: Format, address: ir.Value, index: int, count: ir.Value | None) -> ir.Value:
-        """`lanes` lanes of a row of the cache, as `form` has them.
+    def load_parts(self, form: Format, address: ir.Value, index: int, count: ir.Value | None) -> list[ir.Value]:
+        """`form.per_lane` elements of a row of the cache for every lane, as `form.parts` vectors.
+
+        Of two vectors, each has half of every 128 bits that were read: `in_order` puts sums of such vectors right.
 
         Args:
           form: how.
           address: in the row.
-          index: of the vector, counted from the address on.
+          index: of the reading, counted from the address on.
           count: elements there are, where fewer than fill the lanes; the rest is then 0. None: as many.
         """
-        builder, elements = self.builder, self.lanes * form.pack
+        builder, elements = self.builder, self.lanes * form.per_lane
         kind = ir.VectorType({1: I8, 2: I16, 4: F32}[form.itemsize], elements)
         address = self.address(address, index, elements * form.itemsize)
         raw = self.load(address, kind) if count is None else self.load_first(address, kind, count)
+        if form.words:
+            return [self.as_ints(builder.sext(raw, ir.VectorType(I16, elements)))]
         if form.pack > 1 or form.dtype == "float32":
-            return self.as_ints(raw)
+            return [self.as_ints(raw)]
         if form.dtype == "float16":
-            return self.as_ints(builder.fpext(builder.bitcast(raw, ir.VectorType(F16, elements)), self.floats))
-        if form.dtype == "bfloat16":
-            return builder.shl(builder.zext(raw, self.ints), self.constant(self.ints, 16))
-        return self.as_ints(builder.sitofp(builder.sext(raw, self.ints), self.floats))
+            return [self.as_ints(builder.fpext(builder.bitcast(raw, ir.VectorType(F16, elements)), self.floats))]
+        if form.dtype == "bfloat16":  # a float32 is the bits of a bfloat16 behind 16 that are 0
+            return self.interleave([self.constant(kind, 0), raw])
+        return [self.as_ints(builder.sitofp(builder.sext(raw, self.ints), self.floats))]
 
     @contextmanager
     def loop(self, count: ir.Value) -> Iterator[ir.Value]:

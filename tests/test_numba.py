@@ -19,6 +19,7 @@ from llvmlite import ir
 
 import numba_kernels
 from jax_ifa import incre_flash_attention
+from jax_ifa.arguments import MAX_HEAD_DIM
 from numba_kernels import amx, build, formats, launch
 from numba_kernels import machine as machine_module
 from numba_kernels.call import TILE_SPAN
@@ -29,6 +30,7 @@ from numba_kernels.vectors import I64, Vectors
 
 AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
 AMX = AVX512 | dict.fromkeys(("amx-tile", "amx-bf16", "amx-int8"), True)
+AVX2 = dict.fromkeys(("avx", "avx2", "fma", "f16c"), True)
 ARM = {"neon": True, "bf16": True, "i8mm": True, "fp-armv8": True, "fullfp16": True, "dotprod": True}
 
 
@@ -58,8 +60,13 @@ class TestMachine:
         )
 
     def test_older_x86(self) -> None:
-        assert describe("haswell", {"avx2": True, "fma": True}, "x86_64").lanes == 8
-        assert describe("core2", {"sse3": True}, "x86_64").lanes == 4
+        machine = describe("haswell", AVX2, "x86_64")
+        assert (machine.lanes, machine.int8_dot, machine.int16_dot) == (8, None, "llvm.x86.avx2.pmadd.wd")
+        assert describe("alderlake", AVX2 | {"avxvnni": True}, "x86_64").int8_dot == "llvm.x86.avx512.vpdpbusd.256"
+        machine = describe("skylake-avx512", AVX512 | {"avx512vnni": False, "avx512bf16": False}, "x86_64")
+        assert (machine.lanes, machine.int8_dot, machine.int16_dot) == (16, None, "llvm.x86.avx512.pmaddw.d.512")
+        machine = describe("core2", {"sse3": True}, "x86_64")
+        assert (machine.lanes, machine.int16_dot) == (4, None)
 
     def test_arm(self) -> None:
         machine = describe("neoverse-v1", ARM, "aarch64")
@@ -91,7 +98,11 @@ class TestMachine:
         assert format_of("bfloat16", True, machine).pack == 1
         assert format_of("int8", True, machine).pack == 4  # exact to float32 as it is
         assert format_of("bfloat16", True, machine, narrow=True).pack == 1
-        assert format_of("int8", False, without(machine, int8_dot=None)).pack == 1
+        lesser = without(machine, int8_dot=None)
+        assert format_of("int8", False, lesser).pack == 1
+        assert format_of("int8", False, lesser, narrow=True).words
+        assert not format_of("int8", False, machine, narrow=True).words
+        assert format_of("int8", False, without(lesser, int16_dot=None), narrow=True).pack == 1
 
 
 SMALL = [
@@ -152,7 +163,7 @@ def test_fewer_digits_only_where_nothing_shows_it(
     assert set(chosen) == {narrow}
 
 
-NO_DOTS = dict(bfloat16_dot=None, int8_dot=None)
+NO_DOTS = dict(bfloat16_dot=None, int8_dot=None, int16_dot=None)
 LESSER = {  # every format converted, and narrower vectors, in as few compilations as show both
     "no narrow products": (NO_DOTS, (0, 2)),
     "8 lanes": (NO_DOTS | dict(lanes=8, registers=16), (1, 4)),
@@ -169,6 +180,50 @@ def test_processors_that_offer_less(lesser: dict, case: Case, monkeypatch: pytes
     monkeypatch.setattr(launch, "this_machine", lambda: machine)
     (out, lse), args, kwargs = call(case)
     assert_close(out, lse, args, kwargs)
+
+
+LARGE = Case(int8=True, dtype="bfloat16", heads=9, kv_heads=1, head_dim=510, capacity=70, lengths=(70, 33))
+
+
+@pytest.mark.skipif(not this_machine().int16_dot, reason="this processor has no products of int16")
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("case", [*(case for case in FEWER_DIGITS if case.int8), LARGE], ids=str)
+def test_int8_as_int16(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processors do that have no products of bytes."""
+    machine = without(this_machine(), int8_dot=None, amx=False)
+    if lanes > machine.lanes:
+        pytest.skip("this processor has no such vectors")
+    if lanes < machine.lanes:
+        machine = without(machine, lanes=8, registers=16, int16_dot="llvm.x86.avx2.pmadd.wd")
+    chosen: list[Format] = []
+    monkeypatch.setattr(launch, "this_machine", lambda: machine)
+    monkeypatch.setattr(launch, "format_of", lambda *args: chosen.append(format_of(*args)) or chosen[-1])
+    assert_out_close(case)
+    assert {form.words for form in chosen} == {True}
+
+
+@pytest.mark.skipif(not this_machine().int16_dot, reason="this processor has no products of int16")
+def test_int32_holds_the_products_of_int16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all of them are the largest that there are."""
+    head_dim = MAX_HEAD_DIM
+    machine = without(this_machine(), int8_dot=None, amx=False)
+    monkeypatch.setattr(launch, "this_machine", lambda: machine)
+    key = np.full((1, 1, 3, head_dim), -128, np.int8)
+    key[:, :, 1] = 127
+    value = np.arange(-1, 2, dtype=np.int8)[None, None, :, None] * np.ones((1, 1, 3, head_dim), np.int8)
+    out = incre_flash_attention(
+        jnp.full((1, 1, 1, head_dim), -3, jnp.bfloat16),
+        jnp.asarray(key),
+        jnp.asarray(value),
+        num_heads=1,
+        input_layout="BNSD",
+        scale_value=1.0,
+        antiquant_scale=jnp.stack([jnp.full((1, head_dim), 1 / (3 * 128 * head_dim)), jnp.ones((1, head_dim))]),
+        implementation="numba",
+    )
+    weights = np.exp([1, -127 / 128, 1])
+    expected = weights @ np.arange(-1, 2) / weights.sum()
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("head_dim", [72, 128])
@@ -282,6 +337,18 @@ def test_compiles_for_amx(dtype: str, narrow: bool) -> None:
     assert code[:4] == b"\x7fELF"
     # The number of the product's instruction, behind the prefix that says which kind of numbers it takes.
     assert re.search({"bfloat16": rb"\xc4\xe2.\x5c", "int8": rb"\xc4\xe2.\x5e"}[dtype], code, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features"),
+    [("haswell", AVX2), ("skylake-avx512", AVX512 | {"avx512vnni": False, "avx512bf16": False})],
+    ids=["haswell", "skylake"],
+)
+def test_compiles_for_x86_without_narrow_products(cpu: str, features: dict[str, bool]) -> None:
+    machine = describe(cpu, features, "x86_64")
+    code = build.compile_object(format_of("int8", False, machine, narrow=True), machine, "x86_64-unknown-linux-gnu")
+    assert b"\xf5" in code  # the number of the product's instruction
+    assert build.compile_object(format_of("bfloat16", False, machine), machine, "x86_64-unknown-linux-gnu")
 
 
 @pytest.mark.parametrize(("dtype", "precise"), [("bfloat16", False), ("int8", False), ("float16", True)])
