@@ -147,7 +147,7 @@ def bias_at(call, b, head, t):  # type: ignore[no-untyped-def]
 
 @native
 def head_state(call, lanes, strip):  # type: ignore[no-untyped-def]
-    """Bytes of a kv head's state: outputs (G, columns), largest scores and sums of weights (2, G padded to vectors)."""
+    """Bytes of a kv head's state: outputs (G, D in strips), largest scores and sums of weights (2, G in vectors)."""
     return 4 * (call.group * up(call.head_dim, strip) + 2 * up(call.group, lanes))
 
 
@@ -175,7 +175,7 @@ SCRATCH_BYTES = WORD * len(Scratch._fields)
 
 def query_size_of(form: Format, machine: Machine) -> Any:
     """A Numba function: the bytes of the query heads of one kv head in the scratch for a call."""
-    pack, heads, columns, strip = form.pack, form.query_heads, form.query_lanes, machine.lanes * form.per_lane
+    pack, heads, columns, strip = form.pack, form.query_heads, form.query_lanes, form.strip(machine.lanes)
 
     @native
     def query_size(call):  # type: ignore[no-untyped-def]
@@ -187,9 +187,8 @@ def query_size_of(form: Format, machine: Machine) -> Any:
 def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
     """Two Numba functions: the bytes of a `Scratch` for a call, wherever it begins; and the one at an address."""
     lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
-    strip = lanes * form.per_lane
     query_digits, weight_rows, weight_lanes = form.query_digits, form.weight_rows, form.weight_lanes
-    line = 64
+    strip, line = form.strip(lanes), 64
     more = MATRIX_COLUMNS if form.amx else 0
     query_size = query_size_of(form, machine)
 

@@ -51,6 +51,10 @@ class Format:
         """
         return 2 if self.dtype == "bfloat16" else self.pack
 
+    def strip(self, lanes: int) -> int:
+        """Elements of a row that are read together, by a processor with vectors of so many lanes."""
+        return lanes * self.per_lane
+
     @property
     def parts(self) -> int:
         """Vectors that a reading of one row becomes."""
@@ -83,7 +87,7 @@ class Format:
 
     @property
     def positions_apart(self) -> int:
-        """From one position of a lane of weights to the next: bytes are put into lanes without crossing them."""
+        """From one position of a lane of weights to the next: integers are put into lanes without crossing them."""
         return self.weight_lanes if self.integer else 1
 
     @property

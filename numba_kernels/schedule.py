@@ -39,7 +39,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
     """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the task."""
     stream = make_stream(form, machine, tiles)
     divide, configure, reset = (tiles[name].external for name in ("divide", "configure", "reset"))
-    lanes, strip = machine.lanes, machine.lanes * form.per_lane
+    lanes, strip = machine.lanes, form.strip(machine.lanes)
     tile, least_tile, itemsize = form.tile, form.least_tile, form.itemsize
     scratch_size, lay_out = scratch_of(form, machine)
 

@@ -38,7 +38,7 @@ MEMORY_PAGE = 4096  # bytes, at least
 
 def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last, next_b, next_unit)`."""
-    lanes, strip, line = machine.lanes, machine.lanes * form.per_lane, form.tile
+    lanes, strip, line = machine.lanes, form.strip(machine.lanes), form.tile
     query_digits, itemsize = form.query_digits, form.itemsize
     series, split, score, weigh, add_values = (
         tiles[name].external for name in ("series", "split", "scores", "weigh", "values")
@@ -174,13 +174,8 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
 
 def _arrange_parts(form: Format, machine: Machine) -> Any:
     """A Numba function: put query head g of the unit's kv head h from its plain rows to where `scores` wants it."""
-    strip, pack, query_digits, parts = (
-        machine.lanes * form.per_lane,
-        form.pack,
-        form.query_digits,
-        query_parts(form, machine),
-    )
-    query_size = query_size_of(form, machine)
+    strip, pack, query_digits = form.strip(machine.lanes), form.pack, form.query_digits
+    parts, query_size = query_parts(form, machine), query_size_of(form, machine)
 
     @native
     def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
@@ -205,7 +200,7 @@ def _arrange_parts(form: Format, machine: Machine) -> Any:
 
 def _arrange_columns(form: Format, machine: Machine) -> Any:
     """The same for the matrices of amx.py, of which every digit of a head is a column."""
-    strip, pack, query_digits = machine.lanes * form.per_lane, form.pack, form.query_digits
+    strip, pack, query_digits = form.strip(machine.lanes), form.pack, form.query_digits
     heads, columns = form.query_heads, form.query_lanes
     query_size = query_size_of(form, machine)
 

@@ -131,7 +131,7 @@ def _strides(name: str, v: Vectors, form: Format, head_dim: ir.Value) -> list[ir
 
 def padded(v: Vectors, form: Format, head_dim: ir.Value) -> ir.Value:
     """D, rounded up to what is read together."""
-    size = v.lanes * form.per_lane
+    size = form.strip(v.lanes)
     return v.builder.mul(v.over(head_dim, size), ir.Constant(I64, size))
 
 
@@ -141,7 +141,7 @@ def walk(v: Vectors, form: Format, head_dim: ir.Value, wide: int, step: Callable
     As many readings at a time as `wide` says while there are, then half as many, and so on; then, with one reading, the
     `count` elements that are left. Otherwise count is None.
     """
-    builder, size = v.builder, v.lanes * form.per_lane
+    builder, size = v.builder, form.strip(v.lanes)
     done = ir.Constant(I64, 0)
     while wide:
         span = ir.Constant(I64, size * wide)
@@ -211,7 +211,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
 
             def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
                 offset = v.address(head, first, form.itemsize)
-                fetcher.share(max(1, positions * width * form.itemsize * form.per_lane * v.lanes // LINE))
+                fetcher.share(max(1, positions * width * form.itemsize * form.strip(v.lanes) // LINE))
                 at = v.address(query, first, 4 // form.pack * heads * digits)
                 for i in range(width):
                     keys = [builder.add(row, offset) for row in here]
@@ -237,7 +237,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                                 total = totals[k][p]
                                 builder.store(v.dot(builder.load(total), q, read, form, "b"), total)
 
-            walk(v, form, head_dim, max(1, LINE // (v.lanes * form.per_lane * form.itemsize * form.parts)), step)
+            walk(v, form, head_dim, max(1, LINE // (form.strip(v.lanes) * form.itemsize * form.parts)), step)
             for begin in range(0, heads // beside * positions, piece):
                 found = []
                 for digit in range(digits):
@@ -466,7 +466,7 @@ def _store_weights(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Val
     cut off.
     """
     if form.integer:
-        return _store_bytes(v, form, weights, at)
+        return _store_integers(v, form, weights, at)
     return v.reduce("fadd", [_store_weight(v, form, weight, at, i) for i, weight in enumerate(weights)])
 
 
@@ -495,7 +495,7 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
     return summed
 
 
-def _store_bytes(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
+def _store_integers(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
     """A head's weights as bytes or int16, of `pack` weights `positions_apart` in a lane; and their sum.
 
     A NaN becomes some number: the sum of the weights is NaN then, and so will the result be.
@@ -567,8 +567,8 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     sums = digits if form.integer else 1  # digits that are floats are summed as one
     wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.per_lane)  # readings of a row
     at_once = 2 if form.integer else form.per_lane  # of the vectors that these become: more would not fit
-    # Lanes of weights at a time, so that a line is read, for which one is fetched.
-    together = max(1, LINE // (at_once * wide * machine.lanes * form.pack * form.itemsize))
+    column_bytes = machine.lanes * form.pack * form.itemsize  # that are read for one of these vectors
+    together = max(1, LINE // (at_once * wide * column_bytes))  # lanes of weights: a line is read, and one fetched
 
     def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, positions, head_dim = rest
@@ -588,7 +588,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             for total in (x for head in totals for strip in head for column in strip for x in column):
                 builder.store(v.constant(kind, 0), total)
             with v.loop(groups) as group:
-                fetcher.share(max(1, together * len(which) * width * v.lanes * form.pack * form.itemsize // LINE))
+                fetcher.share(max(1, together * len(which) * width * column_bytes // LINE))
                 first_lane = builder.mul(group, ir.Constant(I64, together))
                 for i in range(together):
                     add_products(v.address(first_lane, i, 1), offset, count, which, totals)
@@ -606,8 +606,9 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                 for h in range(heads)
             ]
             for strip in range(len(totals[0])):
-                read = [v.load_parts(form, builder.add(row, offset), strip, count) for row in here]
-                found = v.interleave([part for (part,) in read]) if form.parts == 1 else read[0]
+                found = [x for row in here for x in v.load_parts(form, builder.add(row, offset), strip, count)]
+                if form.parts == 1:
+                    found = v.interleave(found)
                 for h in range(heads):
                     for i, column in enumerate(which):
                         for digit in range(digits):

@@ -318,7 +318,7 @@ class Vectors:
           index: of the reading, counted from the address on.
           count: elements there are, where fewer than fill the lanes; the rest is then 0. None: as many.
         """
-        builder, elements = self.builder, self.lanes * form.per_lane
+        builder, elements = self.builder, form.strip(self.lanes)
         kind = ir.VectorType({1: I8, 2: I16, 4: F32}[form.itemsize], elements)
         address = self.address(address, index, elements * form.itemsize)
         raw = self.load(address, kind) if count is None else self.load_first(address, kind, count)

@@ -346,9 +346,14 @@ def test_compiles_for_amx(dtype: str, narrow: bool) -> None:
 )
 def test_compiles_for_x86_without_narrow_products(cpu: str, features: dict[str, bool]) -> None:
     machine = describe(cpu, features, "x86_64")
-    code = build.compile_object(format_of("int8", False, machine, narrow=True), machine, "x86_64-unknown-linux-gnu")
-    assert b"\xf5" in code  # the number of the product's instruction
-    assert build.compile_object(format_of("bfloat16", False, machine), machine, "x86_64-unknown-linux-gnu")
+    target = build._target(machine, "x86_64-unknown-linux-gnu")
+    words, converted = (format_of("int8", False, machine, narrow=narrow) for narrow in (True, False))
+    for form in (words, converted):
+        module = llvm.parse_assembly(str(module_of(form.code(machine)[0], machine)))
+        build._optimise(module, target)
+        assert ("vpmaddwd" in target.emit_assembly(module)) == form.words
+    for form in (words, format_of("bfloat16", False, machine)):
+        assert build.compile_object(form, machine, "x86_64-unknown-linux-gnu")[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize(("dtype", "precise"), [("bfloat16", False), ("int8", False), ("float16", True)])
