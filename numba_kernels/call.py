@@ -6,7 +6,7 @@ from numba_kernels.fetching import Place
 from numba_kernels.formats import MATRIX_COLUMNS, Format
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS, WORD
 from numba_kernels.machine import Machine
-from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, up, word
+from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, store_int64, up, word
 from numba_kernels.records import record_of
 from numba_kernels.tiles import SERIES
 
@@ -17,6 +17,9 @@ PLACE_BYTES = WORD * len(Place._fields)
 # Bytes of the rows of a tile that are read together: those of keys and values, of this tile and the next, are to have
 # room in a second-level cache.
 UNIT_TILE = 1 << 17
+# Memory is slower in small pieces. So heads that lie together in pages smaller than a tile are read in turns, so many
+# bytes in all; but not of calls that read less, which may lie in a cache and are sooner shared among threads otherwise.
+PIECE, LEAST_JOINED = 1 << 15, 1 << 26
 # Bytes from the first row of a tile to its end: longer ones have more pages of memory than the processor finds at once.
 TILE_SPAN = 1 << 16
 BFLOAT16, FLOAT16 = 16, 10  # XLA's numbers of element types
@@ -53,12 +56,13 @@ class Call(NamedTuple):
     bias_kind: int
     out: int
     lse: int
-    unit_heads: int  # kv heads whose tiles are read together, since they lie side by side
+    unit_heads: int  # kv heads whose tiles are read in turns, since they lie side by side
     tile: int  # positions read at a time
 
 
 call_at, _put_call = record_of(Call)
 CALL_BYTES = WORD * len(Call._fields)
+UNIT_HEADS = WORD * Call._fields.index("unit_heads")
 
 
 @native
@@ -123,6 +127,22 @@ def read_call(frame, itemsize, tile, least, address):  # type: ignore[no-untyped
             tile,
         ),
     )
+
+
+@native
+def join_heads(call, address, size):  # type: ignore[no-untyped-def]
+    """Of the call at an address, which reads so many bytes: heads that lie together in small pages become units."""
+    if size >= LEAST_JOINED and call.table != 0 and call.head_stride >= call.row_stride and call.page_size <= call.tile:
+        unit_heads = call.heads
+        while unit_heads % 2 == 0 and unit_heads * call.head_stride > PIECE:
+            unit_heads //= 2
+        store_int64(address + UNIT_HEADS, unit_heads)
+
+
+@native
+def row_heads(call):  # type: ignore[no-untyped-def]
+    """Of the heads of a unit, how many have their rows side by side."""
+    return call.unit_heads if call.head_stride < call.row_stride else 1
 
 
 @native

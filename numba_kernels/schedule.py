@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_kernels.call import CALL_BYTES, call_at, head_state, read_call, scratch_of, window
+from numba_kernels.call import CALL_BYTES, call_at, head_state, join_heads, read_call, scratch_of, window
 from numba_kernels.formats import Format
 from numba_kernels.frame import answers_metadata, num_threads
 from numba_kernels.machine import Machine
@@ -38,7 +38,7 @@ CALL, LENGTH, WORDS = OWN, OWN + 1, 40  # of the shared block
 def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tuple[Any, Any]:
     """Two Numba functions: of a call frame's address, which answers the call; and of a shared block's, the task."""
     stream = make_stream(form, machine, tiles)
-    divide, configure, reset = (tiles[name].external for name in ("divide", "configure", "reset"))
+    divide, fold, configure, reset = (tiles[name].external for name in ("divide", "merge", "configure", "reset"))
     lanes, strip = machine.lanes, form.strip(machine.lanes)
     tile, least_tile, itemsize = form.tile, form.least_tile, form.itemsize
     scratch_size, lay_out = scratch_of(form, machine)
@@ -68,19 +68,11 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
     @native
     def merge(call, state, part):  # type: ignore[no-untyped-def]
         """Fold a partial state into another."""
+        columns, padded = up(call.head_dim, strip), up(call.group, lanes)
         for i in range(call.unit_heads * call.group):
-            a, a_top, a_total = parts_of(call, state, i)
-            b, b_top, b_total = parts_of(call, part, i)
-            top = max(load_float32(a_top), load_float32(b_top))
-            old, new = load_float32(a_total), load_float32(b_total)
-            fade = np.exp(load_float32(a_top) - top) if old != F(0) else F(0)
-            share = np.exp(load_float32(b_top) - top) if new != F(0) else F(0)
-            store_float32(a_top, top)
-            store_float32(a_total, old * fade + new * share)
-            for d in range(call.head_dim):
-                old = load_float32(a + 4 * d) * fade if fade != F(0) else F(0)
-                new = load_float32(b + 4 * d) * share if share != F(0) else F(0)
-                store_float32(a + 4 * d, old + new)
+            a, top, _ = parts_of(call, state, i)
+            b, part_top, _ = parts_of(call, part, i)
+            fold(a, b, top, part_top, 4 * padded, columns)
 
     @native
     def run_range(call, s, partials, number, length):  # type: ignore[no-untyped-def]
@@ -172,8 +164,9 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         for b in range(call.batch):
             start, stop = window(call, b)
             total += stop - start
+        bytes_ = total * call.heads * call.head_dim * itemsize * 2
+        join_heads(call, record, bytes_)
         total *= call.heads // call.unit_heads
-        bytes_ = total * call.unit_heads * call.head_dim * itemsize * 2
         threads, ranges = 1, 1
         least = max(LEAST_BYTES, LEAST_STATES * state_size(call))
         if bytes_ >= 2 * least:

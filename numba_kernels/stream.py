@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
-from numba_kernels.call import bias_at, head_state, query_size_of, window
+from numba_kernels.call import bias_at, head_state, query_size_of, row_heads, window
 from numba_kernels.fetching import Place
 from numba_kernels.formats import Format
 from numba_kernels.frame import WORD
@@ -122,38 +122,40 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
 
     @native
     def begin_to_fetch(call, s, rows):  # type: ignore[no-untyped-def]
-        """From a tile's first key to its last value: rows of all heads of a unit, since these lie side by side."""
-        size = call.unit_heads * call.head_dim * itemsize
+        """From a tile's first key to its last value: rows of all heads that have them side by side."""
+        size = row_heads(call) * call.head_dim * itemsize
         put_place(s.place, (rows, 0, rows + WORD * (2 * call.tile - 1), size))
 
     @native
-    def advance(call, s, rows, b, first_head, h, first, count):  # type: ignore[no-untyped-def]
-        """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit."""
+    def advance(call, s, rows, b, first_head, h, offset, first, count):  # type: ignore[no-untyped-def]
+        """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit.
+
+        Its elements are `offset` bytes behind `rows`, which are its own or those of the first head.
+        """
         values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
         columns, padded = up(head_dim, strip), up(group, lanes)
         query = s.query + query_size(call) * h
         initial, weight = s.initial + 4 * query_digits * group * h, s.weight + 4 * group * h
-        head = call.head_stride * h
-        score(group, query, initial, weight, s.scores, rows, head, s.place, count, head_dim)
+        score(group, query, initial, weight, s.scores, rows, offset, s.place, count, head_dim)
         if call.bias != 0 or call.mask != 0:
             add_bias_and_mask(call, s, b, first_head + h, first, count)
         state = s.state + head_state(call, lanes, strip) * h
         weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns, s.place, head_dim)
         if call.mask != 0:
-            if h > 0:  # again with those that the head before had no use for
+            if offset > 0:  # again with those that the head before had no use for
                 set_values(call, s, rows, b, first_head, first, count)
             drop_masked_rows(call, s, values, b, first, count)
         fades, shares = s.factors + 8 * padded, s.factors + 12 * padded
-        add_values(group, s.weights, fades, shares, state, values, head, s.place, count, head_dim)
+        add_values(group, s.weights, fades, shares, state, values, offset, s.place, count, head_dim)
 
     @native
-    def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
-        """The tile from `first` on; behind the `last` position the first tile of what will probably come next."""
+    def prepare_next(call, s, rows, b, unit, h, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
+        """The tile from `first` on, of head h of a unit; behind the `last` position what will probably come next."""
         if first >= last:
             b, unit, last = next_b, next_unit, first
             if b < call.batch:
                 first, last = window(call, b)
-        prepare(call, s, rows, b, unit * call.unit_heads, first, min(call.tile, last - first))
+        prepare(call, s, rows, b, unit * call.unit_heads + h, first, min(call.tile, last - first))
 
     @native
     def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
@@ -162,12 +164,18 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         begin(call, s, b, first_head)
         rows, ahead = s.rows, s.rows + WORD * (2 * call.tile + SERIES)
         prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
+        beside = row_heads(call)
         for t in range(first, last, call.tile):
-            prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
-            begin_to_fetch(call, s, ahead)
-            for h in range(call.unit_heads):
-                advance(call, s, rows, b, first_head, h, t, min(call.tile, last - t))
-            rows, ahead = ahead, rows
+            for h in range(0, call.unit_heads, beside):
+                next_t, next_h = t, h + beside
+                if next_h == call.unit_heads:
+                    next_t, next_h = t + call.tile, 0
+                prepare_next(call, s, ahead, b, unit, next_h, next_t, last, next_b, next_unit)
+                begin_to_fetch(call, s, ahead)
+                for i in range(beside):
+                    offset = call.head_stride * i
+                    advance(call, s, rows, b, first_head, h + i, offset, t, min(call.tile, last - t))
+                rows, ahead = ahead, rows
 
     return stream
 

@@ -5,6 +5,7 @@
     scores    scores[head, position] = weight * sum_d query[head, d] * key[position, d]
     weigh     scores -> softmax weights; what the old output and the tile's are multiplied by
     values    out[head, d] = fade * out + share * sum_position weights[head, position] * value[position, d]
+    merge     the sums of a head over two ranges of positions
     divide    the sums of a head over the sum of its weights
 
 Rows of the cache are read where they lie, once for a few heads, and all that is made of them stays in registers. The
@@ -29,8 +30,8 @@ from numba_kernels.vectors import F32, I16, I32, I64, LINE, Vectors
 
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
 SERIES = 8  # numbers of `series` in a line of memory
-# By the number of digits: one of 16 bits, whose products with 512 keys of -128, the largest D, have room in int32; or
-# bytes with a highest of 127. Of three, what is left of a float32 query is below its own last place.
+# By the number of digits: one of 16 bits, or two bytes with a highest of 127, whose products with 512 keys of -128, the
+# largest D, have room in int32; or three bytes. Of three, what is left of a float32 query is below its own last place.
 LARGEST_QUERY = {1: 2**15 - 1, 2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
 _INT = types.int64
 
@@ -56,7 +57,7 @@ class Tile(NamedTuple):
 
 def common(form: Format) -> dict[str, Tile]:
     """The steps that all formats have, by name."""
-    tiles = (_series(), _split(form), weigh(form), _divide())
+    tiles = (_series(), _split(form), weigh(form), _merge(), _divide())
     return {tile.name: tile for tile in tiles}
 
 
@@ -191,6 +192,10 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     beside, digits = _beside(form, machine, heads), form.query_digits
     piece, vectors = machine.lanes // beside, heads * digits // beside
     positions = _power_of_two(machine.registers * 3 // 4 // vectors)  # the sums of these leave room for what is read
+    # A line of memory at a time; but of copies only so many as the next ones can be made beside.
+    wide = (
+        1 if form.converted and beside > 1 else max(1, LINE // (form.strip(machine.lanes) * form.itemsize * form.parts))
+    )
 
     def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, count, head_dim = rest
@@ -237,13 +242,15 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                                 total = totals[k][p]
                                 builder.store(v.dot(builder.load(total), q, read, form, "b"), total)
 
-            walk(v, form, head_dim, max(1, LINE // (form.strip(v.lanes) * form.itemsize * form.parts)), step)
+            walk(v, form, head_dim, wide, step)
             for begin in range(0, heads // beside * positions, piece):
                 found = []
                 for digit in range(digits):
                     sums = [x for k in range(heads // beside) for x in totals[digit * heads // beside + k]]
-                    found.append(v.sums([builder.load(x) for x in sums[begin : begin + piece]], piece))
-                score = digits_together(v, form, found)
+                    found.append([builder.load(x) for x in sums[begin : begin + piece]])
+                if form.integer and digits == 2:  # as int32, which has room for LARGEST_QUERY and 512 keys of -128
+                    found = [[builder.add(v.shift(high, 8), low) for high, low in zip(*found, strict=True)]]
+                score = digits_together(v, form, [v.sums(x, piece) for x in found])
                 each = score.type.count // beside  # of the sums begin, begin + 1 ... of a head at this place
                 places = [divmod(begin + i, positions) for i in range(each)]
                 which = [k * beside + h for h in range(beside) for k, _ in places]
@@ -374,6 +381,41 @@ def _divide() -> Tile:
     return Tile("divide", 4, body)
 
 
+def _merge() -> Tile:
+    """(state, part, top, part_top, to_total, columns): fold the sums of a head in one state into those in another.
+
+    The first two have so many columns, a multiple of the lanes; the largest scores are at the next two, and the sums of
+    weights so many bytes behind these.
+    """
+
+    def body(v: Vectors, state: Any, part: Any, top: Any, part_top: Any, to_total: Any, columns: Any) -> None:
+        builder, zero = v.builder, v.constant(v.floats, 0.0)
+        total, part_total = (builder.add(x, to_total) for x in (top, part_top))
+        found = [v.splat(v.load(x, F32)) for x in (top, total, part_top, part_total)]
+        new_top, new_total, fade, share = _together(v, *found)
+        for value, place in ((new_top, top), (new_total, total)):
+            v.store(builder.extract_element(value, ir.Constant(I32, 0)), place)
+        forget, ignore = (builder.fcmp_ordered("==", x, zero) for x in (fade, share))
+        with v.loop(builder.udiv(columns, ir.Constant(I64, v.lanes))) as i:
+            at = v.address(state, i, 4 * v.lanes)
+            old = builder.select(forget, zero, builder.fmul(v.load(at, v.floats), fade))
+            new = builder.fmul(v.load(v.address(part, i, 4 * v.lanes), v.floats), share)
+            v.store(builder.fadd(old, builder.select(ignore, zero, new)), at)
+
+    return Tile("merge", 6, body)
+
+
+def _together(v: Vectors, old_top: ir.Value, old_total: ir.Value, top: ir.Value, total: ir.Value) -> list[ir.Value]:
+    """The largest score of two states and the sum of weights, and what the outputs of both are multiplied by."""
+    builder, zero = v.builder, v.constant(v.floats, 0.0)
+    new_top = v.float_function("maxnum", old_top, top)
+    fade, share = (
+        builder.select(builder.fcmp_ordered("==", sum_, zero), zero, v.exp(builder.fsub(x, new_top)))
+        for x, sum_ in ((old_top, old_total), (top, total))
+    )
+    return [new_top, builder.fadd(builder.fmul(old_total, fade), builder.fmul(total, share)), fade, share]
+
+
 def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] | None = None) -> Tile:
     """(heads, count, scores, weights, factors, state, place, head_dim): weights = exp(score - top), for `values`.
 
@@ -389,19 +431,22 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
         state, place, head_dim = rest
         builder = v.builder
         few = builder.icmp_signed("<=", count, ir.Constant(I64, form.least_tile))
-        count = v.splat(builder.trunc(count, I32))
         blocks = builder.udiv(builder.add(heads, ir.Constant(I64, v.lanes - 1)), ir.Constant(I64, v.lanes))
         size = builder.mul(blocks, ir.Constant(I64, 4 * v.lanes))
         tops, totals, fades, shares = (builder.add(factors, builder.mul(size, ir.Constant(I64, i))) for i in range(4))
-        nothing, zero = v.constant(v.floats, float("-inf")), v.constant(v.floats, 0.0)
+        nothing = v.constant(v.floats, float("-inf"))
 
         def read(h: ir.Value, vectors: int) -> list[ir.Value]:
-            row, found = v.address(scores, h, 4 * form.tile), []
-            for i in range(vectors):
-                score = v.load(v.address(row, i, 4 * v.lanes), v.floats)
-                place = ir.Constant(v.ints, list(range(v.lanes * i, v.lanes * (i + 1))))
-                found.append(builder.select(builder.icmp_signed("<", place, count), score, nothing))
-            return found
+            row = v.address(scores, h, 4 * form.tile)
+            return [v.load(v.address(row, i, 4 * v.lanes), v.floats) for i in range(vectors)]
+
+        with builder.if_then(builder.icmp_signed("<", count, ir.Constant(I64, form.tile))):  # the last tile of a window
+            limit = v.splat(builder.trunc(count, I32))
+            with v.loop(heads) as h:
+                for i, score in enumerate(read(h, form.tile // v.lanes)):
+                    position = ir.Constant(v.ints, list(range(v.lanes * i, v.lanes * (i + 1))))
+                    score = builder.select(builder.icmp_signed("<", position, limit), score, nothing)
+                    v.store(score, v.address(v.address(scores, h, 4 * form.tile), i, 4 * v.lanes))
 
         fetcher = Fetcher(v, place, heads) if percent else None
         portion = fetcher and fetcher.portion(fetcher.part(form, head_dim, percent), heads)
@@ -441,12 +486,7 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
                 v.load(v.address(base, block, 4 * v.lanes), v.floats)
                 for base in (tops, totals, state, builder.add(state, size))
             )
-            new_top = v.float_function("maxnum", old_top, top)
-            fade, share = (
-                builder.select(builder.fcmp_ordered("==", sum_, zero), zero, v.exp(builder.fsub(x, new_top)))
-                for x, sum_ in ((old_top, old_total), (top, total))
-            )
-            total = builder.fadd(builder.fmul(old_total, fade), builder.fmul(total, share))
+            new_top, total, fade, share = _together(v, old_top, old_total, top, total)
             for value, base in ((fade, fades), (share, shares), (new_top, state), (total, builder.add(state, size))):
                 v.store(value, v.address(base, block, 4 * v.lanes))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import llvmlite.binding as llvm
@@ -22,7 +23,7 @@ from jax_ifa import incre_flash_attention
 from jax_ifa.arguments import MAX_HEAD_DIM
 from numba_kernels import amx, build, formats, launch
 from numba_kernels import machine as machine_module
-from numba_kernels.call import TILE_SPAN
+from numba_kernels.call import LEAST_JOINED, PIECE, TILE_SPAN
 from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, describe, this_machine
 from numba_kernels.tiles import Tile, module_of
@@ -409,12 +410,54 @@ def test_rows_that_are_far_apart_are_read_in_shorter_tiles(dtype: str, block: in
     assert_close(out, lse, args, kwargs)
 
 
+@pytest.mark.parametrize(
+    "int8,dtype", [(False, "float32"), (False, "bfloat16"), (False, "float16"), (True, "bfloat16")]
+)
+def test_heads_that_lie_together_in_small_pages(int8: bool, dtype: str) -> None:
+    """They are read in turns where a call reads much: as without pages, whatever is in those that are not seen."""
+    kv_heads, group, head_dim, page = 12, 2, 64, 32
+    cache_dtype = "int8" if int8 else dtype
+    row = head_dim * jnp.dtype(cache_dtype).itemsize
+    enough = LEAST_JOINED // (2 * kv_heads * page * row) + 1
+    lengths = np.array([enough // 2 * page + 13, enough // 3 * page + 1, enough // 5 * page + 100, 0])
+    pages = int((-(-lengths // page)).sum())
+    form = format_of(cache_dtype, False, this_machine(), narrow=dtype != "float32", group=group)
+    assert lengths.sum() * 2 * kv_heads * row >= LEAST_JOINED
+    assert page <= form.tile
+    assert page * row < PIECE
+    width = -(-lengths.max() // page)
+    rng = np.random.default_rng(11)
+    shape = (pages + 1, kv_heads, page, head_dim)
+    key, value = (
+        jnp.asarray(
+            rng.integers(-128, 128, shape, np.int8) if int8 else rng.standard_normal(shape, np.float32), cache_dtype
+        )
+        for _ in range(2)
+    )
+    table = np.full((4, width), pages)  # the last page is nobody's
+    parts = np.split(rng.permutation(pages), np.cumsum(-(-lengths // page))[:-1])
+    for row_of_table, used in zip(table, parts, strict=True):
+        row_of_table[: used.size] = used
+    value = value.at[pages].set(-128 if int8 else jnp.nan)
+    query = jnp.asarray(rng.standard_normal((4, kv_heads * group, 1, head_dim), np.float32), dtype)
+    kwargs = dict(num_heads=kv_heads * group, num_key_value_heads=kv_heads, input_layout="BNSD", scale_value=0.2)
+    kwargs |= dict(actual_seq_lengths=lengths.astype(np.int32), implementation="numba")
+    kwargs |= dict(atten_mask=rng.random((4, 1, 1, width * page)) < 0.3)
+    if int8:
+        kwargs |= dict(antiquant_scale=np.full((2, kv_heads, head_dim), 0.02, np.float32))
+    paged = incre_flash_attention(query, key, value, block_table=table.astype(np.int32), block_size=page, **kwargs)
+    whole = (x[table].swapaxes(1, 2).reshape(4, kv_heads, width * page, head_dim) for x in (key, value))
+    expected = incre_flash_attention(query, *whole, **kwargs)
+    chex.assert_trees_all_close(paged.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("group", [1, 5, 8])
 @pytest.mark.parametrize("int8,dtype", [(True, "bfloat16"), (True, "float32"), (False, "bfloat16"), (False, "float16")])
 def test_every_length_up_to_two_tiles(int8: bool, dtype: str, group: int) -> None:
-    case = Case(batch=64, heads=group, kv_heads=1, head_dim=36, capacity=128, int8=int8, dtype=dtype, lengths="ragged")
-    args, kwargs = case.inputs()
-    kwargs |= dict(actual_seq_lengths=np.arange(1, 129, 2, dtype=np.int32))
+    tile = format_of("int8" if int8 else dtype, False, this_machine(), group=group).tile
+    case = Case(batch=tile, heads=group, kv_heads=1, head_dim=36, capacity=2 * tile, int8=int8, dtype=dtype)
+    args, kwargs = dataclasses.replace(case, lengths="ragged").inputs()
+    kwargs |= dict(actual_seq_lengths=np.arange(1, 2 * tile, 2, dtype=np.int32))
     out = incre_flash_attention(*args, implementation="numba", **kwargs)
     expected, _ = run_reference(args, kwargs)
     largest = np.maximum(1, np.abs(expected).max(axis=-1, keepdims=True))
