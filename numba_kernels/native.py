@@ -13,8 +13,9 @@ I64 = ir.IntType(64)
 INT = types.int64
 
 
-# No exceptions: a division by zero must not look for Python. And nobody calls these from Python.
-_OPTIONS: dict[str, Any] = dict(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# No exceptions: a division by zero must not look for Python. Nobody calls these from Python. And there is nothing to
+# rewrite: no expressions of arrays, for instance; looking for such takes a tenth of the compiling.
+_OPTIONS: dict[str, Any] = dict(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True)
 native = numba.njit(**_OPTIONS)
 """Compiles a function for use without Python."""
 
