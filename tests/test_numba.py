@@ -203,11 +203,13 @@ def test_int8_as_int16(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch) 
     assert {form.words for form in chosen} == {True}
 
 
-@pytest.mark.skipif(not this_machine().int16_dot, reason="this processor has no products of int16")
-def test_int32_holds_the_products_of_int16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all of them are the largest that there are."""
+@pytest.mark.parametrize("kind", ["int16_dot", "int8_dot"])
+def test_int32_holds_the_products_of_16_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of int16, and of two bytes together, where all of them are the largest that there are."""
+    if not getattr(this_machine(), kind):
+        pytest.skip(f"this processor has no {kind}")
     head_dim = MAX_HEAD_DIM
-    machine = without(this_machine(), int8_dot=None, amx=False)
+    machine = without(this_machine(), amx=False, **({"int8_dot": None} if kind == "int16_dot" else {}))
     monkeypatch.setattr(launch, "this_machine", lambda: machine)
     key = np.full((1, 1, 3, head_dim), -128, np.int8)
     key[:, :, 1] = 127
