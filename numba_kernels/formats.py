@@ -117,8 +117,13 @@ class Format:
 
     @property
     def digit_bits(self) -> int:
-        """Bits of a digit where the product is of integers."""
+        """Bits of a digit."""
         return 32 // self.pack
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits that hold a weight."""
+        return self.digit_bits * self.weight_digits
 
     def code(self, machine: Machine) -> Any:
         """The decode loop for it; see `build.Kernel`."""

@@ -26,7 +26,7 @@ from numba.core import cgutils
 from numba_kernels.fetching import Fetcher
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
-from numba_kernels.vectors import F32, I16, I32, I64, LINE, Vectors
+from numba_kernels.vectors import EXP_TERMS, EXP_TERMS_OF_16_BITS, F32, I16, I32, I64, LINE, Vectors
 
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
 SERIES = 8  # numbers of `series` in a line of memory
@@ -435,6 +435,7 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
         size = builder.mul(blocks, ir.Constant(I64, 4 * v.lanes))
         tops, totals, fades, shares = (builder.add(factors, builder.mul(size, ir.Constant(I64, i))) for i in range(4))
         nothing = v.constant(v.floats, float("-inf"))
+        terms = EXP_TERMS_OF_16_BITS if form.weight_bits == 16 else EXP_TERMS
 
         def read(h: ir.Value, vectors: int) -> list[ir.Value]:
             row = v.address(scores, h, 4 * form.tile)
@@ -466,7 +467,7 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
                 top = v.load(v.address(tops, h, 4), F32)
                 none = builder.fcmp_ordered("==", top, ir.Constant(F32, float("-inf")))
                 shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
-                exps = [v.exp(builder.fsub(x, shift)) for x in read(h, vectors)]
+                exps = [v.exp(builder.fsub(x, shift), terms) for x in read(h, vectors)]
                 line = v.address(weights, h, 4 * form.weight_rows * form.weight_lanes)
                 v.store(_store_weights(v, form, exps, line), v.address(totals, h, 4))
 
@@ -495,7 +496,7 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
 
 def _weight_of_one(form: Format) -> int:
     """The integer that the digits of a weight of 1 hold."""
-    return (1 << form.digit_bits * form.weight_digits - form.words) - 1
+    return (1 << form.weight_bits - form.words) - 1
 
 
 def _store_weights(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
