@@ -17,8 +17,9 @@ PLACE_BYTES = WORD * len(Place._fields)
 # Bytes of the rows of a tile that are read together: those of keys and values, of this tile and the next, are to have
 # room in a second-level cache.
 UNIT_TILE = 1 << 17
-# Memory is slower in small pieces. So heads that lie together in pages smaller than a tile are read in turns, so many
-# bytes in all; but not of calls that read less, which may lie in a cache and are sooner shared among threads otherwise.
+# Memory is slower in small pieces. So heads that lie together in pages no larger than a tile are read in turns, at most
+# so many bytes in all; but only of calls that read more than the second: others may lie in a cache, and have no ranges
+# to spare for larger states.
 PIECE, LEAST_JOINED = 1 << 15, 1 << 26
 # Bytes from the first row of a tile to its end: longer ones have more pages of memory than the processor finds at once.
 TILE_SPAN = 1 << 16
@@ -130,12 +131,12 @@ def read_call(frame, itemsize, tile, least, address):  # type: ignore[no-untyped
 
 
 @native
-def join_heads(call, address, size):  # type: ignore[no-untyped-def]
-    """Of the call at an address, which reads so many bytes: heads that lie together in small pages become units."""
-    if size >= LEAST_JOINED and call.table != 0 and call.head_stride >= call.row_stride and call.page_size <= call.tile:
-        unit_heads = call.heads
-        while unit_heads % 2 == 0 and unit_heads * call.head_stride > PIECE:
-            unit_heads //= 2
+def join_heads(call, address, most):  # type: ignore[no-untyped-def]
+    """Of the call at an address: up to so many heads that lie together in small pages become a unit."""
+    if call.table != 0 and call.head_stride >= call.row_stride and call.page_size <= call.tile:
+        unit_heads = max(1, min(call.heads, most, PIECE // call.head_stride))
+        while call.heads % unit_heads != 0:
+            unit_heads -= 1
         store_int64(address + UNIT_HEADS, unit_heads)
 
 
@@ -183,9 +184,9 @@ class Scratch(NamedTuple):
     factors: int  # (4, G) float32: see `weigh` in tiles.py
     state: int  # (unit_heads, head_state) bytes
     place: int  # `Place`: where fetching stands
-    rows: int  # (2, (2, T) and a line) addresses of keys and values of this tile and the next, of a unit's first head
+    rows: int  # (2, (2, T) and a line) addresses of keys and values of this tile and the next; see `row_heads`
     matrices: int  # 64 bytes: the sizes of matrices that `configure` found, for `reset`
-    zeros: int  # a row of the cache that is all 0, of all heads of a unit
+    zeros: int  # a row of the cache that is all 0, of all `row_heads`
     size: int  # bytes in all
 
 
@@ -229,7 +230,7 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         rows = up(place + PLACE_BYTES, line)
         matrices = up(rows + WORD * 2 * (2 * tile + SERIES), line)
         zeros = matrices + line
-        end = up(zeros + call.unit_heads * itemsize * call.head_dim, line)
+        end = up(zeros + row_heads(call) * itemsize * call.head_dim, line)
         return plain, query, initial, weight, scores, weights, factors, state, place, rows, matrices, zeros, end - base
 
     @native

@@ -149,9 +149,7 @@ def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False,
         return Format(f"bfloat16_{kind}", dtype, 2, 1, 1 if narrow else 2, 64, amx)
     if dtype == "int8" and (machine.int8_dot or amx):
         digits = 2 if narrow else 3
-        tile = (
-            128 if machine.lanes == 16 and not amx else 64
-        )  # as many as have room in registers, when they are weighed
+        tile = 128 if machine.lanes == 16 and not amx else 64  # there is room in registers when they are weighed
         return Format(f"int8_{kind}", dtype, 4, digits, digits, tile, amx)
     if dtype == "int8" and machine.int16_dot and narrow:
         return Format("int8_words_narrow", dtype, 2, 1, 1, 64)

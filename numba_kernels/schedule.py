@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_kernels.call import CALL_BYTES, call_at, head_state, join_heads, read_call, scratch_of, window
+from numba_kernels.call import CALL_BYTES, LEAST_JOINED, call_at, head_state, join_heads, read_call, scratch_of, window
 from numba_kernels.formats import Format
 from numba_kernels.frame import answers_metadata, num_threads
 from numba_kernels.machine import Machine
@@ -165,7 +165,10 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             start, stop = window(call, b)
             total += stop - start
         bytes_ = total * call.heads * call.head_dim * itemsize * 2
-        join_heads(call, record, bytes_)
+        if bytes_ >= LEAST_JOINED:  # and there are enough ranges of the larger states
+            join_heads(
+                call, record, bytes_ // (num_threads(frame) * RANGES_PER_THREAD * LEAST_STATES * state_size(call))
+            )
         total *= call.heads // call.unit_heads
         threads, ranges = 1, 1
         least = max(LEAST_BYTES, LEAST_STATES * state_size(call))

@@ -79,7 +79,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         for h in range(call.unit_heads):
             for g in range(call.group):
                 store_float32(s.state + size * h + 4 * (call.group * columns + g), MINUS_INFINITY)
-        series(s.zeros, 0, 0, up(call.unit_heads * itemsize * call.head_dim, WORD) // WORD)
+        series(s.zeros, 0, 0, up(row_heads(call) * itemsize * call.head_dim, WORD) // WORD)
 
     @native
     def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
@@ -116,7 +116,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
 
     @native
     def prepare(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
-        """The addresses of the keys and values of a tile, of the first head of a unit, in `rows` (2, T), in turn."""
+        """The addresses of the keys and values of a tile of a head in `rows` (2, T), in turn."""
         set_rows(call, call.key, call.key_pages, call.table, b, head, first, count, s.zeros, rows)
         set_values(call, s, rows, b, head, first, count)
 

@@ -423,6 +423,7 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
     `factors` is (4, H) float32, where H is `heads` rounded up to whole vectors: `top`, each head's largest score, -inf
     if all are; the sum of its weights, NaN if a score is NaN; and what the output so far and the tile's are multiplied
     by. `state` is (2, H) float32, the largest score and the sum of weights so far, and is brought up to date.
+    Scores that do not count are overwritten.
 
     So many percent of the lines of the next tile are fetched in it, and `meanwhile` is emitted for every fourth head.
     """
@@ -441,7 +442,8 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
             row = v.address(scores, h, 4 * form.tile)
             return [v.load(v.address(row, i, 4 * v.lanes), v.floats) for i in range(vectors)]
 
-        with builder.if_then(builder.icmp_signed("<", count, ir.Constant(I64, form.tile))):  # the last tile of a window
+        whole = (builder.icmp_signed("==", count, ir.Constant(I64, x)) for x in (form.tile, form.least_tile))
+        with builder.if_then(builder.not_(builder.or_(*whole))):  # seldom: the last tile of a window or of a range
             limit = v.splat(builder.trunc(count, I32))
             with v.loop(heads) as h:
                 for i, score in enumerate(read(h, form.tile // v.lanes)):

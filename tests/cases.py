@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -151,6 +152,13 @@ def run_everywhere(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=name)
         np.testing.assert_allclose(np.asarray(other_lse), np.asarray(lse), rtol=4e-6, atol=8e-6, err_msg=name)
     return out, lse
+
+
+def call_numba(case: Case) -> tuple[tuple[Any, Any], tuple[Any, ...], dict[str, Any]]:
+    """Output and LSE of a case by Numba, under jit, and what it was called with."""
+    args, kwargs = case.inputs()
+    kwargs = {"implementation": "numba"} | kwargs
+    return jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, return_lse=True, **kwargs))(*args), args, kwargs
 
 
 def run_reference(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

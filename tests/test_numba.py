@@ -9,13 +9,12 @@ import subprocess
 import sys
 import threading
 
-import chex
 import jax
 import jax.numpy as jnp
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from cases import TOLERANCE, Case, assert_close, run_reference
+from cases import TOLERANCE, Case, assert_close, call_numba, run_reference
 from llvmlite import ir
 
 import numba_kernels
@@ -23,7 +22,6 @@ from jax_ifa import incre_flash_attention
 from jax_ifa.arguments import MAX_HEAD_DIM
 from numba_kernels import amx, build, formats, launch
 from numba_kernels import machine as machine_module
-from numba_kernels.call import LEAST_JOINED, PIECE, TILE_SPAN
 from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, describe, this_machine
 from numba_kernels.tiles import Tile, module_of
@@ -38,17 +36,6 @@ ARM = {"neon": True, "bf16": True, "i8mm": True, "fp-armv8": True, "fullfp16": T
 def without(machine: Machine, **changes: object) -> Machine:
     """The same processor, used for less."""
     return Machine(**{field: changes.get(field, getattr(machine, field)) for field in Machine.__dataclass_fields__})
-
-
-def call(case: Case, **extra: object) -> tuple:
-    """A case by this implementation, and what it was called with."""
-    args, kwargs = case.inputs()
-    run = jax.jit(
-        lambda q, k, v: incre_flash_attention(
-            q, k, v, return_lse=True, **({"implementation": "numba"} | extra | kwargs)
-        )
-    )
-    return run(*args), args, kwargs
 
 
 class TestMachine:
@@ -179,7 +166,7 @@ LESSER = {  # every format converted, and narrower vectors, in as few compilatio
 def test_processors_that_offer_less(lesser: dict, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = without(this_machine(), **lesser)
     monkeypatch.setattr(launch, "this_machine", lambda: machine)
-    (out, lse), args, kwargs = call(case)
+    (out, lse), args, kwargs = call_numba(case)
     assert_close(out, lse, args, kwargs)
 
 
@@ -210,20 +197,18 @@ def test_int32_holds_the_products_of_16_bits(kind: str, monkeypatch: pytest.Monk
         pytest.skip(f"this processor has no {kind}")
     head_dim = MAX_HEAD_DIM
     machine = without(this_machine(), amx=False, **({"int8_dot": None} if kind == "int16_dot" else {}))
+    chosen: list[Format] = []
     monkeypatch.setattr(launch, "this_machine", lambda: machine)
+    monkeypatch.setattr(launch, "format_of", lambda *args: chosen.append(format_of(*args)) or chosen[-1])
     key = np.full((1, 1, 3, head_dim), -128, np.int8)
     key[:, :, 1] = 127
     value = np.arange(-1, 2, dtype=np.int8)[None, None, :, None] * np.ones((1, 1, 3, head_dim), np.int8)
-    out = incre_flash_attention(
-        jnp.full((1, 1, 1, head_dim), -3, jnp.bfloat16),
-        jnp.asarray(key),
-        jnp.asarray(value),
-        num_heads=1,
-        input_layout="BNSD",
-        scale_value=1.0,
-        antiquant_scale=jnp.stack([jnp.full((1, head_dim), 1 / (3 * 128 * head_dim)), jnp.ones((1, head_dim))]),
-        implementation="numba",
-    )
+    kwargs = dict(num_heads=1, input_layout="BNSD", scale_value=1.0, implementation="numba")
+    kwargs |= dict(antiquant_scale=np.ones((2, 1, head_dim), np.float32))
+    kwargs["antiquant_scale"][0] = 1 / (3 * 128 * head_dim)
+    run = jax.jit(lambda query: incre_flash_attention(query, jnp.asarray(key), jnp.asarray(value), **kwargs))
+    out = run(jnp.full((1, 1, 1, head_dim), -3, jnp.bfloat16))
+    assert [form.words for form in chosen] == [kind == "int16_dot"]
     weights = np.exp([1, -127 / 128, 1])
     expected = weights @ np.arange(-1, 2) / weights.sum()
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=0, atol=2e-3)
@@ -242,7 +227,7 @@ def test_eight_heads_side_by_side(dtype: str, head_dim: int) -> None:
         capacity=90,
         inner_precise=0,
     )
-    (out, lse), args, kwargs = call(case)
+    (out, lse), args, kwargs = call_numba(case)
     assert_close(out, lse, args, kwargs)
 
 
@@ -269,7 +254,7 @@ def test_matrices(case: Case, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if narrow:
         assert_out_close(case)
     else:
-        (out, lse), args, kwargs = call(case)
+        (out, lse), args, kwargs = call_numba(case)
         assert_close(out, lse, args, kwargs)
     assert {form.amx for form in chosen} == {True}
 
@@ -369,90 +354,6 @@ def test_compiles_for_arm(dtype: str, precise: bool) -> None:
     assert form.pack == {"bfloat16": 2, "int8": 4, "float16": 1}[dtype]
 
 
-@pytest.mark.parametrize("layout", ["BNSD", "BSND"])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8"])
-def test_shared_among_threads(kind: str, layout: str) -> None:
-    """Long and ragged enough that windows are cut into several ranges."""
-    case = Case(
-        batch=3,
-        heads=4,
-        kv_heads=2,
-        head_dim=64,
-        capacity=5000,
-        layout=layout,
-        lengths=(5000, 3, 2777),
-        dtype="float32" if kind == "int8" else kind,
-        int8=kind == "int8",
-    )
-    (out, lse), args, kwargs = call(case)
-    assert_close(out, lse, args, kwargs)
-
-
-def test_one_head_of_one_long_sequence() -> None:
-    (out, lse), args, kwargs = call(Case(batch=1, heads=1, kv_heads=1, head_dim=64, capacity=20000, lengths=None))
-    assert_close(out, lse, args, kwargs)
-
-
-def test_more_heads_side_by_side_than_are_read_together() -> None:
-    case = Case(heads=12, kv_heads=12, head_dim=256, capacity=100, layout="BSND", lengths=(100, 41), mask="4d")
-    (out, lse), args, kwargs = call(case)
-    assert_close(out, lse, args, kwargs)
-
-
-@pytest.mark.parametrize("block", [0, 16])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_rows_that_are_far_apart_are_read_in_shorter_tiles(dtype: str, block: int) -> None:
-    """Windows that end anywhere in these."""
-    case = Case(batch=4, heads=8, kv_heads=8, head_dim=256, capacity=112, layout="BSND", dtype=dtype, block=block)
-    case = dataclasses.replace(case, lengths=(112, 49, 17, 1), mask="4d")
-    form = format_of(dtype, False, this_machine())
-    assert form.least_tile < form.tile
-    assert form.tile * 8 * 256 * form.itemsize > TILE_SPAN
-    (out, lse), args, kwargs = call(case)
-    assert_close(out, lse, args, kwargs)
-
-
-@pytest.mark.parametrize(
-    "int8,dtype", [(False, "float32"), (False, "bfloat16"), (False, "float16"), (True, "bfloat16")]
-)
-def test_heads_that_lie_together_in_small_pages(int8: bool, dtype: str) -> None:
-    """They are read in turns where a call reads much: as without pages, whatever is in those that are not seen."""
-    kv_heads, group, head_dim, page = 12, 2, 64, 32
-    cache_dtype = "int8" if int8 else dtype
-    row = head_dim * jnp.dtype(cache_dtype).itemsize
-    enough = LEAST_JOINED // (2 * kv_heads * page * row) + 1
-    lengths = np.array([enough // 2 * page + 13, enough // 3 * page + 1, enough // 5 * page + 100, 0])
-    pages = int((-(-lengths // page)).sum())
-    form = format_of(cache_dtype, False, this_machine(), narrow=dtype != "float32", group=group)
-    assert lengths.sum() * 2 * kv_heads * row >= LEAST_JOINED
-    assert page <= form.tile
-    assert page * row < PIECE
-    width = -(-lengths.max() // page)
-    rng = np.random.default_rng(11)
-    shape = (pages + 1, kv_heads, page, head_dim)
-    key, value = (
-        jnp.asarray(
-            rng.integers(-128, 128, shape, np.int8) if int8 else rng.standard_normal(shape, np.float32), cache_dtype
-        )
-        for _ in range(2)
-    )
-    table = np.full((4, width), pages)  # the last page is nobody's
-    parts = np.split(rng.permutation(pages), np.cumsum(-(-lengths // page))[:-1])
-    for row_of_table, used in zip(table, parts, strict=True):
-        row_of_table[: used.size] = used
-    value = value.at[pages].set(-128 if int8 else jnp.nan)
-    query = jnp.asarray(rng.standard_normal((4, kv_heads * group, 1, head_dim), np.float32), dtype)
-    kwargs = dict(num_heads=kv_heads * group, num_key_value_heads=kv_heads, input_layout="BNSD", scale_value=0.2)
-    kwargs |= dict(actual_seq_lengths=lengths.astype(np.int32), implementation="numba")
-    kwargs |= dict(atten_mask=rng.random((4, 1, 1, width * page)) < 0.3)
-    if int8:
-        kwargs |= dict(antiquant_scale=np.full((2, kv_heads, head_dim), 0.02, np.float32))
-    paged = incre_flash_attention(query, key, value, block_table=table.astype(np.int32), block_size=page, **kwargs)
-    whole = (x[table].swapaxes(1, 2).reshape(4, kv_heads, width * page, head_dim) for x in (key, value))
-    expected = incre_flash_attention(query, *whole, **kwargs)
-    chex.assert_trees_all_close(paged.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("group", [1, 5, 8])
 @pytest.mark.parametrize("int8,dtype", [(True, "bfloat16"), (True, "float32"), (False, "bfloat16"), (False, "float16")])
 def test_every_length_up_to_two_tiles(int8: bool, dtype: str, group: int) -> None:
@@ -539,7 +440,7 @@ def test_nan_in_the_query_reaches_the_output() -> None:
 def test_many_programs_at_once() -> None:
     """Several Python threads, each with a program of its own, whose calls share XLA's threads."""
     cases = [Case(seed=i, batch=2, head_dim=32, capacity=4000, lengths=None, dtype="bfloat16") for i in range(4)]
-    expected = [call(case)[0] for case in cases]
+    expected = [call_numba(case)[0] for case in cases]
     inputs = [case.inputs() for case in cases]
     run = jax.jit(
         lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", return_lse=True, **inputs[0][1])
@@ -614,7 +515,7 @@ def test_a_numba_that_does_not_work_is_a_warning(monkeypatch: pytest.MonkeyPatch
         out, lse = run(*args)
     assert_close(out, lse, args, kwargs)
     with pytest.raises(ImportError, match="Numba needs"):
-        call(Case(capacity=41))
+        call_numba(Case(capacity=41))
 
 
 class TestWithoutNumba:
@@ -627,7 +528,7 @@ class TestWithoutNumba:
 
     def test_by_name_it_says_what_to_install(self) -> None:
         with pytest.raises(NotImplementedError, match=r"needs numba and platformdirs.*pip install 'jax-ifa\[numba\]'"):
-            call(Case(capacity=43))  # a shape that no other test has traced
+            call_numba(Case(capacity=43))  # a shape that no other test has traced
 
     def test_by_default_xla_is_used(self) -> None:
         args, kwargs = Case(capacity=37).inputs()
