@@ -14,13 +14,12 @@ from numba_kernels.tiles import SERIES
 QUERY, SCALE, KEY, VALUE, TABLE, VALUE_TABLE, START, STOP, MASK, BIAS = range(10)
 OUT, LSE = range(2)
 PLACE_BYTES = WORD * len(Place._fields)
-# Bytes of the rows of a tile that are read together: those of keys and values, of this tile and the next, are to have
-# room in a second-level cache.
+# Bytes of the keys of a tile that are read together, of all heads of a unit: those of keys and values, of this tile and
+# the next, are to have room in a second-level cache.
 UNIT_TILE = 1 << 17
-# Memory is slower in small pieces. So heads that lie together in pages no larger than a tile are read in turns, at most
-# so many bytes in all; but only of calls that read more than the second: others may lie in a cache, and have no ranges
-# to spare for larger states.
-PIECE, LEAST_JOINED = 1 << 15, 1 << 26
+# Memory is slower in small pieces, so heads that lie together in small pages are read together; but only by calls that
+# read so many bytes: others may lie in a cache, and have no ranges to spare for larger states.
+LEAST_JOINED = 1 << 26
 # Bytes from the first row of a tile to its end: longer ones have more pages of memory than the processor finds at once.
 TILE_SPAN = 1 << 16
 BFLOAT16, FLOAT16 = 16, 10  # XLA's numbers of element types
@@ -57,7 +56,7 @@ class Call(NamedTuple):
     bias_kind: int
     out: int
     lse: int
-    unit_heads: int  # kv heads whose tiles are read in turns, since they lie side by side
+    unit_heads: int  # kv heads that are read together, since they lie together
     tile: int  # positions read at a time
 
 
@@ -132,18 +131,18 @@ def read_call(frame, itemsize, tile, least, address):  # type: ignore[no-untyped
 
 @native
 def join_heads(call, address, most):  # type: ignore[no-untyped-def]
-    """Of the call at an address: up to so many heads that lie together in small pages become a unit."""
-    if call.table != 0 and call.head_stride >= call.row_stride and call.page_size <= call.tile:
-        unit_heads = max(1, min(call.heads, most, PIECE // call.head_stride))
+    """Of the call at an address: up to so many heads that lie together in pages, several to a tile, become a unit."""
+    if call.table != 0 and call.head_stride >= call.row_stride and call.tile % call.page_size == 0:
+        unit_heads = max(1, min(call.heads, most, UNIT_TILE // (call.tile * call.row_stride)))
         while call.heads % unit_heads != 0:
             unit_heads -= 1
         store_int64(address + UNIT_HEADS, unit_heads)
 
 
 @native
-def row_heads(call):  # type: ignore[no-untyped-def]
-    """Of the heads of a unit, how many have their rows side by side."""
-    return call.unit_heads if call.head_stride < call.row_stride else 1
+def joined(call):  # type: ignore[no-untyped-def]
+    """Whether the heads of a unit lie one behind the other in every page, and not side by side in every row."""
+    return call.unit_heads > 1 and call.head_stride >= call.row_stride
 
 
 @native
@@ -184,9 +183,10 @@ class Scratch(NamedTuple):
     factors: int  # (4, G) float32: see `weigh` in tiles.py
     state: int  # (unit_heads, head_state) bytes
     place: int  # `Place`: where fetching stands
-    rows: int  # (2, (2, T) and a line) addresses of keys and values of this tile and the next; see `row_heads`
+    rows: int  # (2, (2, T) and a line) addresses of keys and values of this tile and the next, of a unit's first head
+    pieces: int  # (2, T) addresses of a unit's parts of the pages of the next tile, if they are `joined`
     matrices: int  # 64 bytes: the sizes of matrices that `configure` found, for `reset`
-    zeros: int  # a row of the cache that is all 0, of all `row_heads`
+    zeros: int  # a row of the cache that is all 0
     size: int  # bytes in all
 
 
@@ -228,10 +228,26 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         state = up(factors + 16 * up(call.group, lanes), line)
         place = up(state + call.unit_heads * head_state(call, lanes, strip), line)
         rows = up(place + PLACE_BYTES, line)
-        matrices = up(rows + WORD * 2 * (2 * tile + SERIES), line)
+        pieces = up(rows + WORD * 2 * (2 * tile + SERIES), line)
+        matrices = up(pieces + WORD * 2 * tile, line)
         zeros = matrices + line
-        end = up(zeros + row_heads(call) * itemsize * call.head_dim, line)
-        return plain, query, initial, weight, scores, weights, factors, state, place, rows, matrices, zeros, end - base
+        end = up(zeros + itemsize * call.head_dim, line)
+        return (
+            plain,
+            query,
+            initial,
+            weight,
+            scores,
+            weights,
+            factors,
+            state,
+            place,
+            rows,
+            pieces,
+            matrices,
+            zeros,
+            end - base,
+        )
 
     @native
     def size_for(call):  # type: ignore[no-untyped-def]

@@ -1,9 +1,9 @@
 """Cutting a call into ranges that threads share.
 
-The work is one line: the windows of all sequences and units of heads, end to end. It is cut into ranges of equal
-length, more than there are threads, and every thread takes the next one until none is left (sharing.py); so lengths may
-be ragged, and a single long sequence is shared too. A window that lies in several ranges leaves a partial state in
-each, and these are merged at the end.
+The work is one line: the tiles of the windows of all sequences and units of heads, end to end. It is cut into ranges of
+as many tiles each, more than there are threads, and every thread takes the next one until none is left (sharing.py); so
+lengths may be ragged, and a single long sequence is shared too. A window that lies in several ranges leaves a partial
+state in each, and these are merged at the end.
 """
 
 from typing import Any
@@ -75,6 +75,12 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             fold(a, b, top, part_top, 4 * padded, columns)
 
     @native
+    def tiles_of(call, b):  # type: ignore[no-untyped-def]
+        """Tiles of the window of sequence b."""
+        start, stop = window(call, b)
+        return (stop - start + call.tile - 1) // call.tile
+
+    @native
     def run_range(call, s, partials, number, length):  # type: ignore[no-untyped-def]
         """The parts of windows in one range: finished, or left in this range's two partial states.
 
@@ -84,16 +90,17 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         units = call.heads // call.unit_heads
         offset = 0
         for b in range(call.batch):
-            start, stop = window(call, b)
-            size = stop - start
+            size = tiles_of(call, b)
             if offset + size * units <= low:
                 offset += size * units
                 continue
+            start, stop = window(call, b)
             for unit in range(units):
                 from_, to = max(low, offset), min(high, offset + size)
                 if from_ < to:
                     next_b, next_unit = (b, unit + 1) if unit + 1 < units else (b + 1, 0)
-                    stream(call, s, b, unit, start + from_ - offset, start + to - offset, next_b, next_unit)
+                    first, last = start + call.tile * (from_ - offset), min(start + call.tile * (to - offset), stop)
+                    stream(call, s, b, unit, first, last, next_b, next_unit)
                     if to - from_ == size:
                         finish(call, b, unit * call.unit_heads, s.state)
                     else:
@@ -112,8 +119,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         bytes_ = state_size(call)
         offset = 0
         for b in range(call.batch):
-            start, stop = window(call, b)
-            size = stop - start
+            size = tiles_of(call, b)
             for unit in range(units):
                 if size == 0:
                     for i in range(call.unit_heads * call.group):
@@ -160,15 +166,15 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         if record == 0:
             return 1
         call = read_call(frame, itemsize, tile, least_tile, record)
-        total = 0
+        positions, total = 0, 0
         for b in range(call.batch):
             start, stop = window(call, b)
-            total += stop - start
-        bytes_ = total * call.heads * call.head_dim * itemsize * 2
-        if bytes_ >= LEAST_JOINED:  # and there are enough ranges of the larger states
-            join_heads(
-                call, record, bytes_ // (num_threads(frame) * RANGES_PER_THREAD * LEAST_STATES * state_size(call))
-            )
+            positions += stop - start
+            total += tiles_of(call, b)
+        bytes_ = positions * call.heads * call.head_dim * itemsize * 2
+        if bytes_ >= LEAST_JOINED:
+            ranges = num_threads(frame) * RANGES_PER_THREAD
+            join_heads(call, record, bytes_ // (ranges * LEAST_STATES * state_size(call)))
         total *= call.heads // call.unit_heads
         threads, ranges = 1, 1
         least = max(LEAST_BYTES, LEAST_STATES * state_size(call))
@@ -176,7 +182,7 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             threads = num_threads(frame)
         if threads > 1:
             ranges = min(threads * RANGES_PER_THREAD, bytes_ // least)
-        length = max(1, up((total + ranges - 1) // ranges, tile))
+        length = max(1, (total + ranges - 1) // ranges)
         ranges = (total + length - 1) // length
         threads = max(1, min(threads, ranges))
         scratch = scratch_size(call)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
-from numba_kernels.call import bias_at, head_state, query_size_of, row_heads, window
+from numba_kernels.call import bias_at, head_state, joined, query_size_of, window
 from numba_kernels.fetching import Place
 from numba_kernels.formats import Format
 from numba_kernels.frame import WORD
@@ -79,7 +79,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         for h in range(call.unit_heads):
             for g in range(call.group):
                 store_float32(s.state + size * h + 4 * (call.group * columns + g), MINUS_INFINITY)
-        series(s.zeros, 0, 0, up(row_heads(call) * itemsize * call.head_dim, WORD) // WORD)
+        series(s.zeros, 0, 0, up(itemsize * call.head_dim, WORD) // WORD)
 
     @native
     def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
@@ -96,7 +96,7 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                         store_float32(scores + 4 * i, MASKED)
 
     @native
-    def drop_masked_rows(call, s, rows, b, first, count):  # type: ignore[no-untyped-def]
+    def drop_masked_rows(call, s, rows, offset, b, first, count):  # type: ignore[no-untyped-def]
         """Values of masked positions are not read where their weight is 0, so that a NaN there has no influence."""
         mask = call.mask + (b % call.mask_rows) * call.mask_width + first
         for i in range(count):
@@ -107,33 +107,54 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
                 top = load_float32(s.factors + 4 * g)
                 counts = counts or load_float32(s.scores + 4 * (line * g + i)) - top >= F(EXP_UNDERFLOWS)
             if not counts:
-                store_int64(rows + 8 * i, s.zeros)
+                store_int64(rows + 8 * i, s.zeros - offset)
 
     @native
-    def set_values(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
+    def set_values(call, s, rows, zeros, b, head, first, count):  # type: ignore[no-untyped-def]
         values = rows + WORD * call.tile
-        set_rows(call, call.value, call.value_pages, call.value_table, b, head, first, count, s.zeros, values)
+        set_rows(call, call.value, call.value_pages, call.value_table, b, head, first, count, zeros, values)
 
     @native
     def prepare(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
-        """The addresses of the keys and values of a tile of a head in `rows` (2, T), in turn."""
+        """The addresses of the keys and values of a tile, of the first head of a unit, in `rows` (2, T), in turn."""
         set_rows(call, call.key, call.key_pages, call.table, b, head, first, count, s.zeros, rows)
-        set_values(call, s, rows, b, head, first, count)
+        set_values(call, s, rows, s.zeros, b, head, first, count)
 
     @native
-    def begin_to_fetch(call, s, rows):  # type: ignore[no-untyped-def]
-        """From a tile's first key to its last value: rows of all heads that have them side by side."""
-        size = row_heads(call) * call.head_dim * itemsize
-        put_place(s.place, (rows, 0, rows + WORD * (2 * call.tile - 1), size))
+    def set_pieces(call, pages, num_pages, table, b, head, first, count, pieces):  # type: ignore[no-untyped-def]
+        """Addresses of the parts of pages that hold a tile of a unit, from `head` on. Returns the end of the list."""
+        for i in range(first // call.page_size, (first + count + call.page_size - 1) // call.page_size):
+            page = min(max(load_int32(table + 4 * (b * call.pages + i)), 0), num_pages - 1)
+            address = pages + page * call.page_stride + head * call.head_stride
+            for offset in range(0, call.unit_heads * call.head_stride, MEMORY_PAGE):
+                fetch(address + offset)
+            store_int64(pieces, address)
+            pieces += WORD
+        return pieces
+
+    @native
+    def begin_to_fetch(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
+        """A tile of all heads of a unit, from the first key to the last value, in pieces as large as lie together."""
+        if joined(call) and count > 0:
+            end = set_pieces(call, call.key, call.key_pages, call.table, b, head, first, count, s.pieces)
+            end = set_pieces(call, call.value, call.value_pages, call.value_table, b, head, first, count, end)
+            put_place(s.place, (s.pieces, 0, end - WORD, call.unit_heads * call.head_stride))
+        else:
+            size = call.unit_heads * call.head_dim * itemsize
+            put_place(s.place, (rows, 0, rows + WORD * (2 * call.tile - 1), size))
 
     @native
     def advance(call, s, rows, b, first_head, h, offset, first, count):  # type: ignore[no-untyped-def]
         """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit.
 
-        Its elements are `offset` bytes behind `rows`, which are its own or those of the first head.
+        Its elements are `offset` bytes behind `rows`, which are those of the first head.
         """
         values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
         columns, padded = up(head_dim, strip), up(group, lanes)
+        if offset > 0 and count < call.tile:  # what fills the tile is the same for all heads
+            for i in range(count, call.tile):
+                store_int64(rows + WORD * i, s.zeros - offset)
+                store_int64(values + WORD * i, s.zeros - offset)
         query = s.query + query_size(call) * h
         initial, weight = s.initial + 4 * query_digits * group * h, s.weight + 4 * group * h
         score(group, query, initial, weight, s.scores, rows, offset, s.place, count, head_dim)
@@ -143,19 +164,21 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns, s.place, head_dim)
         if call.mask != 0:
             if offset > 0:  # again with those that the head before had no use for
-                set_values(call, s, rows, b, first_head, first, count)
-            drop_masked_rows(call, s, values, b, first, count)
+                set_values(call, s, rows, s.zeros - offset, b, first_head, first, count)
+            drop_masked_rows(call, s, values, offset, b, first, count)
         fades, shares = s.factors + 8 * padded, s.factors + 12 * padded
         add_values(group, s.weights, fades, shares, state, values, offset, s.place, count, head_dim)
 
     @native
-    def prepare_next(call, s, rows, b, unit, h, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
-        """The tile from `first` on, of head h of a unit; behind the `last` position what will probably come next."""
+    def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
+        """The tile from `first` on, and fetch it; behind the `last` position what will probably come next."""
         if first >= last:
             b, unit, last = next_b, next_unit, first
             if b < call.batch:
                 first, last = window(call, b)
-        prepare(call, s, rows, b, unit * call.unit_heads + h, first, min(call.tile, last - first))
+        head, count = unit * call.unit_heads, min(call.tile, last - first)
+        prepare(call, s, rows, b, head, first, count)
+        begin_to_fetch(call, s, rows, b, head, first, count)
 
     @native
     def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
@@ -164,18 +187,11 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
         begin(call, s, b, first_head)
         rows, ahead = s.rows, s.rows + WORD * (2 * call.tile + SERIES)
         prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
-        beside = row_heads(call)
         for t in range(first, last, call.tile):
-            for h in range(0, call.unit_heads, beside):
-                next_t, next_h = t, h + beside
-                if next_h == call.unit_heads:
-                    next_t, next_h = t + call.tile, 0
-                prepare_next(call, s, ahead, b, unit, next_h, next_t, last, next_b, next_unit)
-                begin_to_fetch(call, s, ahead)
-                for i in range(beside):
-                    offset = call.head_stride * i
-                    advance(call, s, rows, b, first_head, h + i, offset, t, min(call.tile, last - t))
-                rows, ahead = ahead, rows
+            prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
+            for h in range(call.unit_heads):
+                advance(call, s, rows, b, first_head, h, call.head_stride * h, t, min(call.tile, last - t))
+            rows, ahead = ahead, rows
 
     return stream
 

@@ -11,7 +11,7 @@ import pytest
 from cases import TOLERANCE, Case, assert_close, call_numba
 
 from jax_ifa import incre_flash_attention
-from numba_kernels.call import LEAST_JOINED, PIECE, TILE_SPAN, Call, call_at, join_heads
+from numba_kernels.call import LEAST_JOINED, TILE_SPAN, UNIT_TILE, Call, call_at, join_heads
 from numba_kernels.formats import format_of
 from numba_kernels.machine import this_machine
 
@@ -78,44 +78,50 @@ def units(address: int, most: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "heads,page_bytes,most,joined",
+    "heads,row_bytes,most,joined",
     [
-        (8, 4096, 99, 8),  # as many as make PIECE
-        (16, 4096, 99, 8),
-        (12, 4096, 99, 6),  # of all sizes of which nothing is left over
-        (15, 4096, 99, 5),
-        (7, 4096, 99, 7),
-        (11, 4096, 99, 1),
-        (8, 4100, 99, 4),
-        (8, PIECE, 99, 1),
-        (8, 2 * PIECE, 99, 1),
-        (8, 4096, 7, 4),  # and no more than may be
-        (15, 4096, 4, 3),
-        (8, 4096, 1, 1),
-        (8, 4096, 0, 1),
+        (8, 256, 99, 8),  # as many as have room
+        (16, 256, 99, 8),
+        (12, 256, 99, 6),  # of all sizes of which nothing is left over
+        (15, 256, 99, 5),
+        (7, 256, 99, 7),
+        (11, 256, 99, 1),
+        (8, 258, 99, 4),
+        (8, UNIT_TILE // 64, 99, 1),
+        (8, UNIT_TILE // 32, 99, 1),
+        (8, 256, 7, 4),  # and no more than may be
+        (15, 256, 4, 3),
+        (8, 256, 1, 1),
+        (8, 256, 0, 1),
     ],
 )
-def test_units_of_heads_in_small_pages(heads: int, page_bytes: int, most: int, joined: int) -> None:
+def test_units_of_heads_in_small_pages(heads: int, row_bytes: int, most: int, joined: int) -> None:
     words = Call(*[0] * len(Call._fields))._replace(
-        heads=heads, table=1, page_size=32, tile=64, head_stride=page_bytes, row_stride=page_bytes // 32, unit_heads=-1
+        heads=heads, table=1, page_size=16, tile=64, head_stride=16 * row_bytes, row_stride=row_bytes, unit_heads=-1
     )
     for call, expected in [
         (words, joined),
-        (words._replace(tile=32), joined),
-        (words._replace(tile=31), -1),
+        (words._replace(page_size=64), joined),
+        (words._replace(page_size=48), -1),
+        (words._replace(page_size=128), -1),
         (words._replace(table=0), -1),
-        (words._replace(head_stride=128, row_stride=128 * heads), -1 if heads > 1 else 1),
+        (words._replace(head_stride=row_bytes, row_stride=row_bytes * heads), -1),
     ]:
         record = np.array(call, np.int64)
         assert units(record.ctypes.data, most) == expected
 
 
 @pytest.mark.parametrize(
-    "int8,dtype,kv_heads",
-    [(False, "float32", 12), (False, "bfloat16", 12), (False, "float16", 15), (True, "bfloat16", 12)],
+    "int8,dtype,kv_heads,masked",
+    [
+        (False, "float32", 12, 0.3),
+        (False, "bfloat16", 12, 0.3),
+        (False, "float16", 15, 0.0),
+        (True, "bfloat16", 12, 0.0),
+    ],
 )
-def test_heads_that_lie_together_in_small_pages(int8: bool, dtype: str, kv_heads: int) -> None:
-    """They are read in turns where a call reads much, and whatever nobody sees is not seen."""
+def test_heads_that_lie_together_in_small_pages(int8: bool, dtype: str, kv_heads: int, masked: float) -> None:
+    """They are read together where a call reads much, and whatever nobody sees is not seen."""
     group, head_dim, page = 2, 64, 32
     cache_dtype = "int8" if int8 else dtype
     row = head_dim * jnp.dtype(cache_dtype).itemsize
@@ -123,14 +129,14 @@ def test_heads_that_lie_together_in_small_pages(int8: bool, dtype: str, kv_heads
     lengths = np.array([enough // 2 * page + 13, enough // 3 * page + 1, enough // 5 * page + 100, 0])
     form = format_of(cache_dtype, False, this_machine(), narrow=dtype != "float32", group=group)
     assert lengths.sum() * 2 * kv_heads * row >= LEAST_JOINED
-    assert page <= form.tile
-    assert 2 * page * row <= PIECE
+    assert form.tile % page == 0
+    assert 2 * form.tile * row <= UNIT_TILE
     blocks = -(-lengths // page)
     width = blocks.max()
     rng = np.random.default_rng(11)
     table = np.full((4, width), blocks.sum(), np.int32)  # the last page is nobody's
     table[np.arange(width) < blocks[:, None]] = rng.permutation(blocks.sum())
-    mask = rng.random((4, width * page)) < 0.3
+    mask = rng.random((4, width * page)) < masked
     seen = np.arange(width * page) < lengths[:, None]
     hole = np.zeros((blocks.sum() + 1, page), bool)
     hole[table] = (mask | ~seen).reshape(4, width, page)
@@ -146,8 +152,9 @@ def test_heads_that_lie_together_in_small_pages(int8: bool, dtype: str, kv_heads
     (key, broken_key), (value, broken_value) = pages(), pages()
     query = rng.standard_normal((4, kv_heads * group, 1, head_dim), np.float32).astype(dtype)
     kwargs = dict(num_heads=kv_heads * group, num_key_value_heads=kv_heads, input_layout="BNSD", scale_value=0.2)
-    kwargs |= dict(actual_seq_lengths=lengths.astype(np.int32), atten_mask=mask[:, None, None])
-    kwargs |= dict(block_table=table, block_size=page)
+    kwargs |= dict(actual_seq_lengths=lengths.astype(np.int32), block_table=table, block_size=page)
+    if masked:
+        kwargs |= dict(atten_mask=mask[:, None, None])
     if int8:
         kwargs |= dict(antiquant_scale=np.full((2, kv_heads, head_dim), 0.02, np.float32))
     out = incre_flash_attention(query, broken_key, broken_value, implementation="numba", **kwargs)
