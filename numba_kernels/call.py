@@ -131,7 +131,7 @@ def read_call(frame, itemsize, tile, least, address):  # type: ignore[no-untyped
 
 @native
 def join_heads(call, address, most):  # type: ignore[no-untyped-def]
-    """Of the call at an address: up to so many heads that lie together in pages, several to a tile, become a unit."""
+    """Of the call at an address: up to so many heads that lie together in pages that divide a tile become a unit."""
     if call.table != 0 and call.head_stride >= call.row_stride and call.tile % call.page_size == 0:
         unit_heads = max(1, min(call.heads, most, UNIT_TILE // (call.tile * call.row_stride)))
         while call.heads % unit_heads != 0:
@@ -186,7 +186,7 @@ class Scratch(NamedTuple):
     rows: int  # (2, (2, T) and a line) addresses of keys and values of this tile and the next, of a unit's first head
     pieces: int  # (2, T) addresses of a unit's parts of the pages of the next tile, if they are `joined`
     matrices: int  # 64 bytes: the sizes of matrices that `configure` found, for `reset`
-    zeros: int  # a row of the cache that is all 0
+    zeros: int  # a row of a head that is all 0, and room for what is fetched with it
     size: int  # bytes in all
 
 
@@ -231,7 +231,7 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         pieces = up(rows + WORD * 2 * (2 * tile + SERIES), line)
         matrices = up(pieces + WORD * 2 * tile, line)
         zeros = matrices + line
-        end = up(zeros + itemsize * call.head_dim, line)
+        end = up(zeros + call.unit_heads * itemsize * call.head_dim, line)
         return (
             plain,
             query,

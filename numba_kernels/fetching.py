@@ -12,9 +12,9 @@ TOGETHER = 4  # lines of memory that are fetched at once, where that is no slowe
 
 
 class Place(NamedTuple):
-    """Where fetching stands."""
+    """Where fetching stands in a list of addresses: of rows of one head or several, or of pages."""
 
-    row: int  # where the address of the row stands whose lines are next
+    row: int  # where the address of the row stands whose lines are next; a page counts as a row
     offset: int  # bytes of it that have been fetched
     last: int  # where the last row's address stands
     size: int  # bytes of a row

@@ -443,7 +443,7 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
             return [v.load(v.address(row, i, 4 * v.lanes), v.floats) for i in range(vectors)]
 
         whole = (builder.icmp_signed("==", count, ir.Constant(I64, x)) for x in (form.tile, form.least_tile))
-        with builder.if_then(builder.not_(builder.or_(*whole))):  # seldom: the last tile of a window or of a range
+        with builder.if_then(builder.not_(builder.or_(*whole))):  # the last tile of a window
             limit = v.splat(builder.trunc(count, I32))
             with v.loop(heads) as h:
                 for i, score in enumerate(read(h, form.tile // v.lanes)):

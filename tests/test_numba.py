@@ -360,7 +360,9 @@ def test_every_length_up_to_two_tiles(int8: bool, dtype: str, group: int) -> Non
     tile = format_of("int8" if int8 else dtype, False, this_machine(), group=group).tile
     case = Case(batch=tile, heads=group, kv_heads=1, head_dim=36, capacity=2 * tile, int8=int8, dtype=dtype)
     args, kwargs = dataclasses.replace(case, lengths="ragged").inputs()
-    kwargs |= dict(actual_seq_lengths=np.arange(1, 2 * tile, 2, dtype=np.int32))
+    lengths = np.arange(1, 2 * tile, 2, dtype=np.int32)
+    lengths[:4] = (tile // 2, tile, tile * 3 // 2, 2 * tile)
+    kwargs |= dict(actual_seq_lengths=lengths)
     out = incre_flash_attention(*args, implementation="numba", **kwargs)
     expected, _ = run_reference(args, kwargs)
     largest = np.maximum(1, np.abs(expected).max(axis=-1, keepdims=True))
