@@ -232,22 +232,8 @@ def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
         matrices = up(pieces + WORD * 2 * tile, line)
         zeros = matrices + line
         end = up(zeros + call.unit_heads * itemsize * call.head_dim, line)
-        return (
-            plain,
-            query,
-            initial,
-            weight,
-            scores,
-            weights,
-            factors,
-            state,
-            place,
-            rows,
-            pieces,
-            matrices,
-            zeros,
-            end - base,
-        )
+        starts = plain, query, initial, weight, scores, weights, factors, state, place, rows, pieces, matrices, zeros
+        return (*starts, end - base)
 
     @native
     def size_for(call):  # type: ignore[no-untyped-def]
