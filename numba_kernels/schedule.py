@@ -75,9 +75,8 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
             fold(a, b, top, part_top, 4 * padded, columns)
 
     @native
-    def tiles_of(call, b):  # type: ignore[no-untyped-def]
-        """Tiles of the window of sequence b."""
-        start, stop = window(call, b)
+    def tiles_of(call, start, stop):  # type: ignore[no-untyped-def]
+        """Tiles of a window."""
         return (stop - start + call.tile - 1) // call.tile
 
     @native
@@ -90,11 +89,11 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         units = call.heads // call.unit_heads
         offset = 0
         for b in range(call.batch):
-            size = tiles_of(call, b)
+            start, stop = window(call, b)
+            size = tiles_of(call, start, stop)
             if offset + size * units <= low:
                 offset += size * units
                 continue
-            start, stop = window(call, b)
             for unit in range(units):
                 from_, to = max(low, offset), min(high, offset + size)
                 if from_ < to:
@@ -119,7 +118,8 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         bytes_ = state_size(call)
         offset = 0
         for b in range(call.batch):
-            size = tiles_of(call, b)
+            start, stop = window(call, b)
+            size = tiles_of(call, start, stop)
             for unit in range(units):
                 if size == 0:
                     for i in range(call.unit_heads * call.group):
@@ -170,11 +170,11 @@ def make_handler(form: Format, machine: Machine, tiles: dict[str, Tile]) -> tupl
         for b in range(call.batch):
             start, stop = window(call, b)
             positions += stop - start
-            total += tiles_of(call, b)
+            total += tiles_of(call, start, stop)
         bytes_ = positions * call.heads * call.head_dim * itemsize * 2
         if bytes_ >= LEAST_JOINED:
-            ranges = num_threads(frame) * RANGES_PER_THREAD
-            join_heads(call, record, bytes_ // (ranges * LEAST_STATES * state_size(call)))
+            bytes_of_all_ranges = num_threads(frame) * RANGES_PER_THREAD * LEAST_STATES * state_size(call)
+            join_heads(call, record, bytes_ // bytes_of_all_ranges)
         total *= call.heads // call.unit_heads
         threads, ranges = 1, 1
         least = max(LEAST_BYTES, LEAST_STATES * state_size(call))

@@ -47,18 +47,23 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     arrange = _arrange_columns(form, machine) if form.amx else _arrange_parts(form, machine)
 
     @native
+    def head_of_page(call, pages, num_pages, table, b, t, head):  # type: ignore[no-untyped-def]
+        """Where a head begins in the page of position t; without a table every sequence is one page."""
+        page = b
+        if table != 0:
+            page = load_int32(table + 4 * (b * call.pages + t // call.page_size))
+            page = min(max(page, 0), num_pages - 1)
+        return pages + page * call.page_stride + head * call.head_stride
+
+    @native
     def set_rows(call, pages, num_pages, table, b, head, first, count, zeros, rows):  # type: ignore[no-untyped-def]
         """Addresses of `count` positions of a head from `first` on, in `rows`; then the zeros, to fill a tile."""
         done = 0
         while done < count:
             t = first + done
-            page = b
-            if table != 0:
-                page = load_int32(table + 4 * (b * call.pages + t // call.page_size))
-                page = min(max(page, 0), num_pages - 1)
             inside = t % call.page_size
             here = min(count - done, call.page_size - inside)
-            address = pages + page * call.page_stride + head * call.head_stride + inside * call.row_stride
+            address = head_of_page(call, pages, num_pages, table, b, t, head) + inside * call.row_stride
             # The first access to a page of memory waits for its translation: all of a tile are asked for at once.
             for offset in range(0, here * call.row_stride, MEMORY_PAGE):
                 fetch(address + offset)
@@ -123,9 +128,8 @@ def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
     @native
     def set_pieces(call, pages, num_pages, table, b, head, first, count, pieces):  # type: ignore[no-untyped-def]
         """Addresses of the parts of pages that hold a tile of a unit, from `head` on. Returns the end of the list."""
-        for i in range(first // call.page_size, (first + count + call.page_size - 1) // call.page_size):
-            page = min(max(load_int32(table + 4 * (b * call.pages + i)), 0), num_pages - 1)
-            address = pages + page * call.page_stride + head * call.head_stride
+        for t in range(first - first % call.page_size, first + count, call.page_size):
+            address = head_of_page(call, pages, num_pages, table, b, t, head)
             for offset in range(0, call.unit_heads * call.head_stride, MEMORY_PAGE):
                 fetch(address + offset)
             store_int64(pieces, address)
