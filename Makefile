@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test compile lint format benchmark clean
+.PHONY: help generate test compile lint format bitcode benchmark clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ lint: $(VENV)/.installed-test,lint  ## Check format, style and types.
 format: $(VENV)/.installed-test,lint  ## Format the code and mend what can be mended.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bitcode: $(VENV)/.installed-examples  ## Renew what Numba makes of the CPU kernels, after a change of these.
+	$(BIN)/python -m numba_kernels.bitcode
 
 benchmark: $(VENV)/.installed-benchmarks  ## Measure against the rivals on this machine (see benchmarks/README.md).
 	$(BIN)/python -m benchmarks.run

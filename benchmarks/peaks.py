@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils
 
 from benchmarks.contenders import Contender
 from numba_kernels import amx
@@ -65,7 +64,7 @@ def _chains_of_vectors(v: Vectors, form: Format, address: ir.Value, steps: ir.Va
     builder = v.builder
     kind = v.ints if form.integer else v.floats
     factor = v.load(address, v.ints)
-    totals = [cgutils.alloca_once(builder, kind) for _ in range(CHAINS)]
+    totals = [v.variable(kind) for _ in range(CHAINS)]
     for total in totals:
         builder.store(v.constant(kind, 0), total)
     with v.loop(steps):

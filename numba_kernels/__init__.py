@@ -13,6 +13,8 @@ call.py      one call as read from it, and a thread's scratch
 stream.py    the loop over the tiles of a window
 schedule.py  cutting a call into ranges
 sharing.py   the ranges of a call among XLA's threads
+linked.py    what the Numba code of these calls, and finds when all is linked: the steps, numbers of the format
+bitcode.py   what Numba makes of that code, which comes with the package: schedule.bc, rows.bc
 build.py     from all that to machine code, and its cache
 targets.py   machine code by the names that XLA calls
 launch.py    the foreign call in a JAX program
@@ -22,7 +24,8 @@ And a second, small kernel, for the model around the attention:
 product.py   a few vectors times a matrix, in a JAX program
 blocks.py    matrices whose weights are codes of a few bits
 weights.py   reading rows of either as float32
-rows.py      the product's machine code
+meetings.py  the steps of the product
+rows.py      the loop over them
 """
 
 import functools

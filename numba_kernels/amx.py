@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from numba_kernels.fetching import Fetcher
 from numba_kernels.formats import Format
@@ -311,7 +310,7 @@ def _values(form: Format) -> Tile:
             wrong = builder.bitcast(wrong, ir.IntType(v.lanes))
             with builder.if_then(builder.icmp_unsigned("!=", wrong, ir.Constant(wrong.type, 0)), likely=False):
                 own = v.address(weights, number, rows_of_head * weight_bytes)
-                totals = [cgutils.alloca_once(builder, v.floats) for _ in range(pack)]
+                totals = [v.variable(v.floats) for _ in range(pack)]
                 for total in totals:
                     builder.store(v.constant(v.floats, 0.0), total)
                 with v.loop(count) as position:

@@ -1,14 +1,15 @@
 """One call of the decode loop, as read from XLA's frame, and the scratch that a thread needs for it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from numba_kernels import linked
 from numba_kernels.fetching import Place
-from numba_kernels.formats import MATRIX_COLUMNS, Format
+from numba_kernels.formats import MATRIX_COLUMNS
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, KIND, RESULTS, WORD
-from numba_kernels.machine import Machine
 from numba_kernels.native import load_bfloat16, load_float16, load_float32, load_int32, native, store_int64, up, word
 from numba_kernels.records import record_of
 from numba_kernels.tiles import SERIES
+from numba_kernels.vectors import LINE
 
 # The order of the operands and results of the foreign call; an absent one is an array without elements.
 QUERY, SCALE, KEY, VALUE, TABLE, VALUE_TABLE, START, STOP, MASK, BIAS = range(10)
@@ -66,11 +67,8 @@ UNIT_HEADS = WORD * Call._fields.index("unit_heads")
 
 
 @native
-def read_call(frame, itemsize, tile, least, address):  # type: ignore[no-untyped-def]
-    """The `Call` of a frame, for a cache of so many bytes an element; kept at an address.
-
-    It is read in tiles of so many positions, or of the `least` where their rows are far apart.
-    """
+def read_call(frame, address):  # type: ignore[no-untyped-def]
+    """The `Call` of a frame, kept at an address. Its tiles are smaller where their rows are far apart."""
     arguments, results = word(frame, ARGUMENTS), word(frame, RESULTS)
     query, key, value = word(arguments, QUERY), word(arguments, KEY), word(arguments, VALUE)
     table, value_table = word(arguments, TABLE), word(arguments, VALUE_TABLE)
@@ -80,13 +78,13 @@ def read_call(frame, itemsize, tile, least, address):  # type: ignore[no-untyped
     # The only attribute: an XLA_FFI_Scalar, whose word 1 points to the value.
     head_major = word(word(word(word(frame, ATTRIBUTES), 0), 1), 0) != 0
     page_size = word(word(key, DIMS), 2 if head_major else 1)
-    row = head_dim * itemsize
+    row, tile = head_dim * linked.itemsize(), linked.tile()
     if head_major:
         head_stride, row_stride, unit_heads = page_size * row, row, 1
     else:
         head_stride, row_stride, unit_heads = row, heads * row, heads
         if tile * row_stride > TILE_SPAN:
-            tile = least
+            tile = linked.least_tile()
         while unit_heads % 2 == 0 and unit_heads * row * tile > UNIT_TILE:
             unit_heads //= 2
     has_table = word(word(table, DIMS), 0) > 0
@@ -166,16 +164,16 @@ def bias_at(call, b, head, t):  # type: ignore[no-untyped-def]
 
 
 @native
-def head_state(call, lanes, strip):  # type: ignore[no-untyped-def]
+def head_state(call):  # type: ignore[no-untyped-def]
     """Bytes of a kv head's state: outputs (G, D in strips), largest scores and sums of weights (2, G in vectors)."""
-    return 4 * (call.group * up(call.head_dim, strip) + 2 * up(call.group, lanes))
+    return 4 * (call.group * up(call.head_dim, linked.strip()) + 2 * up(call.group, linked.lanes()))
 
 
 class Scratch(NamedTuple):
     """Addresses of a thread's working memory. G is padded to whole vectors where it comes last."""
 
     plain: int  # (digits, D padded) one query head
-    query: int  # (unit_heads, `query_size`) as `query_parts` in tiles.py or `scores` in amx.py says
+    query: int  # (unit_heads, `query_size`) as `_piece` in tiles.py or `scores` in amx.py says
     initial: int  # (unit_heads, G, digits) int32: from which the products of keys start
     weight: int  # (unit_heads, G) float32: what a score is multiplied by
     scores: int  # (G, T) float32; behind these and the next there is room for a matrix
@@ -194,53 +192,44 @@ _, _put_scratch = record_of(Scratch)
 SCRATCH_BYTES = WORD * len(Scratch._fields)
 
 
-def query_size_of(form: Format, machine: Machine) -> Any:
-    """A Numba function: the bytes of the query heads of one kv head in the scratch for a call."""
-    pack, heads, columns, strip = form.pack, form.query_heads, form.query_lanes, form.strip(machine.lanes)
-
-    @native
-    def query_size(call):  # type: ignore[no-untyped-def]
-        return 4 * columns * ((call.group + heads - 1) // heads) * (up(call.head_dim, strip) // pack)
-
-    return query_size
+@native
+def query_size(call):  # type: ignore[no-untyped-def]
+    """Bytes of the query heads of one kv head."""
+    parts = (call.group + linked.query_heads() - 1) // linked.query_heads()
+    return 4 * linked.query_lanes() * parts * (up(call.head_dim, linked.strip()) // linked.pack())
 
 
-def scratch_of(form: Format, machine: Machine) -> tuple[Any, Any]:
-    """Two Numba functions: the bytes of a `Scratch` for a call, wherever it begins; and the one at an address."""
-    lanes, pack, tile, itemsize = machine.lanes, form.pack, form.tile, form.itemsize
-    query_digits, weight_rows, weight_lanes = form.query_digits, form.weight_rows, form.weight_lanes
-    strip, line = form.strip(lanes), 64
-    more = MATRIX_COLUMNS if form.amx else 0
-    query_size = query_size_of(form, machine)
+@native
+def _scratch_parts(call, base):  # type: ignore[no-untyped-def]
+    """The fields of a `Scratch` that begins there: the record first, then every part on a cache line of its own."""
+    length = up(call.head_dim, linked.strip()) // linked.pack()
+    heads = call.unit_heads * call.group
+    more = MATRIX_COLUMNS if linked.amx() != 0 else 0
+    plain = up(base + SCRATCH_BYTES, LINE)
+    query = up(plain + 4 * linked.query_digits() * length, LINE)
+    initial = up(query + call.unit_heads * query_size(call), LINE)
+    weight = up(initial + 4 * heads * linked.query_digits(), LINE)
+    scores = up(weight + 4 * heads, LINE)
+    weights = up(scores + 4 * (call.group + more) * linked.tile(), LINE)
+    factors = up(weights + 4 * (call.group * linked.weight_rows() + more) * linked.weight_lanes(), LINE)
+    state = up(factors + 16 * up(call.group, linked.lanes()), LINE)
+    place = up(state + call.unit_heads * head_state(call), LINE)
+    rows = up(place + PLACE_BYTES, LINE)
+    pieces = up(rows + WORD * 2 * (2 * linked.tile() + SERIES), LINE)
+    matrices = up(pieces + WORD * 2 * linked.tile(), LINE)
+    zeros = matrices + LINE
+    end = up(zeros + call.unit_heads * linked.itemsize() * call.head_dim, LINE)
+    starts = plain, query, initial, weight, scores, weights, factors, state, place, rows, pieces, matrices, zeros
+    return (*starts, end - base)
 
-    @native
-    def parts_of(call, base):  # type: ignore[no-untyped-def]
-        """The record first, then every part on a cache line of its own."""
-        length = up(call.head_dim, strip) // pack
-        heads = call.unit_heads * call.group
-        plain = up(base + SCRATCH_BYTES, line)
-        query = up(plain + 4 * query_digits * length, line)
-        initial = up(query + call.unit_heads * query_size(call), line)
-        weight = up(initial + 4 * heads * query_digits, line)
-        scores = up(weight + 4 * heads, line)
-        weights = up(scores + 4 * (call.group + more) * tile, line)
-        factors = up(weights + 4 * (call.group * weight_rows + more) * weight_lanes, line)
-        state = up(factors + 16 * up(call.group, lanes), line)
-        place = up(state + call.unit_heads * head_state(call, lanes, strip), line)
-        rows = up(place + PLACE_BYTES, line)
-        pieces = up(rows + WORD * 2 * (2 * tile + SERIES), line)
-        matrices = up(pieces + WORD * 2 * tile, line)
-        zeros = matrices + line
-        end = up(zeros + call.unit_heads * itemsize * call.head_dim, line)
-        starts = plain, query, initial, weight, scores, weights, factors, state, place, rows, pieces, matrices, zeros
-        return (*starts, end - base)
 
-    @native
-    def size_for(call):  # type: ignore[no-untyped-def]
-        return parts_of(call, 0)[-1] + line
+@native
+def scratch_size(call):  # type: ignore[no-untyped-def]
+    """Bytes of a `Scratch` for a call, wherever it begins."""
+    return _scratch_parts(call, 0)[-1] + LINE
 
-    @native
-    def lay_out(call, base):  # type: ignore[no-untyped-def]
-        return _put_scratch(base, parts_of(call, base))
 
-    return size_for, lay_out
+@native
+def lay_out(call, base):  # type: ignore[no-untyped-def]
+    """The `Scratch` for a call at an address."""
+    return _put_scratch(base, _scratch_parts(call, base))

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from numba_kernels.formats import Format
 from numba_kernels.vectors import FETCH_ONE_BY_ONE, I64, LINE, Vectors
@@ -41,14 +40,14 @@ class Fetcher:
         builder = v.builder
         self.v, self.place, self.sharing = v, place, sharing
         row, offset, self.last, self.size = (v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields)))
-        self.row, self.offset = (cgutils.alloca_once_value(builder, x) for x in (row, offset))
+        self.row, self.offset = (v.variable_of(x) for x in (row, offset))
         self.one_by_one = v.machine.cpu in FETCH_ONE_BY_ONE
         self.together = 1 if self.one_by_one else TOGETHER
         self.of_a_row = v.over(self.size, LINE)
         if self.one_by_one:
             start = v.load(row, I64)
-            self.line = cgutils.alloca_once_value(builder, builder.add(start, offset))
-            self.end = cgutils.alloca_once_value(builder, builder.add(start, self.size))
+            self.line = v.variable_of(builder.add(start, offset))
+            self.end = v.variable_of(builder.add(start, self.size))
 
     def part(self, form: Format, head_dim: ir.Value, percent: int) -> ir.Value:
         """So many percent of the lines of one head's tile."""

@@ -125,12 +125,13 @@ class Format:
         """Bits that hold a weight."""
         return self.digit_bits * self.weight_digits
 
-    def code(self, machine: Machine) -> Any:
-        """The decode loop for it; see `build.Kernel`."""
-        from numba_kernels import amx, schedule, tiles  # not without need: these import Numba
+    source = "schedule"  # see `build.Kernel`
 
-        parts = tiles.common(self) | (amx.make(self) if self.amx else tiles.make(self, machine))
-        return parts, schedule.make_handler(self, machine, parts)
+    def tiles(self, machine: Machine) -> Any:
+        """See `build.Kernel`."""
+        from numba_kernels import amx, tiles  # not without need: these import Numba
+
+        return tiles.common(self, machine) | (amx.make(self) if self.amx else tiles.make(self, machine))
 
 
 def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False, group: int = 1) -> Format:

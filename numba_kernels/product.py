@@ -115,11 +115,13 @@ class RowProduct:
         """See `build.Kernel`."""
         return f"row_product_{self.kind or 'float32'}"
 
-    def code(self, machine: Machine) -> Any:
-        """See `build.Kernel`."""
-        from numba_kernels import rows
+    source = "rows"  # see `build.Kernel`
 
-        return rows.make(machine, self.kind)
+    def tiles(self, machine: Machine) -> Any:
+        """See `build.Kernel`."""
+        from numba_kernels import meetings
+
+        return meetings.make(machine, self.kind)
 
 
 def _target(kind: str | None) -> str:

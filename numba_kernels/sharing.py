@@ -5,6 +5,7 @@ has taken. So calls from any number of programs and threads cannot block each ot
 all busy, or are gone (as in the child of a fork).
 """
 
+from numba_kernels.bitcode import TASK
 from numba_kernels.frame import schedule
 from numba_kernels.native import (
     allocate,
@@ -22,9 +23,7 @@ from numba_kernels.native import (
 # still look at it, so it is freed by whoever leaves last.
 NEXT, DONE, USERS, WORKERS, RANGES, OWN = 0, 8, 16, 24, 32, 33
 
-TASK = "jax_ifa_take_ranges"
-"""The C function of a kernel that every thread calls with the block's address."""
-_task = pointer_to(TASK)
+_task = pointer_to(TASK)  # the C function of a kernel that every thread calls with the block's address
 
 
 @native

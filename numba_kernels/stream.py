@@ -3,16 +3,13 @@
 The state of a head is its output so far (not normalised), the largest score so far and the sum of the weights so far.
 """
 
-from typing import Any
-
 import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
-from numba_kernels.call import bias_at, head_state, joined, query_size_of, window
+from numba_kernels import linked
+from numba_kernels.call import bias_at, head_state, joined, query_size, window
 from numba_kernels.fetching import Place
-from numba_kernels.formats import Format
 from numba_kernels.frame import WORD
-from numba_kernels.machine import Machine
 from numba_kernels.native import (
     fetch,
     load_byte,
@@ -26,7 +23,7 @@ from numba_kernels.native import (
     word,
 )
 from numba_kernels.records import record_of
-from numba_kernels.tiles import SERIES, Tile, query_parts
+from numba_kernels.tiles import HEADS, SERIES
 from numba_kernels.vectors import EXP_UNDERFLOWS
 
 _, put_place = record_of(Place)
@@ -36,208 +33,199 @@ MASKED = F(MASK_VALUE)
 MEMORY_PAGE = 4096  # bytes, at least
 
 
-def make_stream(form: Format, machine: Machine, tiles: dict[str, Tile]) -> Any:
-    """The loop for one format, a Numba function: `stream(call, scratch, b, unit, first, last, next_b, next_unit)`."""
-    lanes, strip, line = machine.lanes, form.strip(machine.lanes), form.tile
-    query_digits, itemsize = form.query_digits, form.itemsize
-    series, split, score, weigh, add_values = (
-        tiles[name].external for name in ("series", "split", "scores", "weigh", "values")
-    )
-    query_size = query_size_of(form, machine)
-    arrange = _arrange_columns(form, machine) if form.amx else _arrange_parts(form, machine)
-
-    @native
-    def head_of_page(call, pages, num_pages, table, b, t, head):  # type: ignore[no-untyped-def]
-        """Where a head begins in the page of position t; without a table every sequence is one page."""
-        page = b
-        if table != 0:
-            page = load_int32(table + 4 * (b * call.pages + t // call.page_size))
-            page = min(max(page, 0), num_pages - 1)
-        return pages + page * call.page_stride + head * call.head_stride
-
-    @native
-    def set_rows(call, pages, num_pages, table, b, head, first, count, zeros, rows):  # type: ignore[no-untyped-def]
-        """Addresses of `count` positions of a head from `first` on, in `rows`; then the zeros, to fill a tile."""
-        done = 0
-        while done < count:
-            t = first + done
-            inside = t % call.page_size
-            here = min(count - done, call.page_size - inside)
-            address = head_of_page(call, pages, num_pages, table, b, t, head) + inside * call.row_stride
-            # The first access to a page of memory waits for its translation: all of a tile are asked for at once.
-            for offset in range(0, here * call.row_stride, MEMORY_PAGE):
-                fetch(address + offset)
-            series(rows + WORD * done, address, call.row_stride, here)
-            done += here
-        series(rows + WORD * count, zeros, 0, call.tile - count)
-
-    @native
-    def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
-        """The queries of a unit of heads as digits, and their state before the first tile."""
-        for i in range(call.unit_heads * call.group):
-            query = call.query + 4 * call.head_dim * ((b * call.heads + first_head) * call.group + i)
-            split(query, call.scale + 4 * b, s.initial + 4 * query_digits * i, s.weight + 4 * i, s.plain, call.head_dim)
-            arrange(call, s, i // call.group, i % call.group)
-        columns = up(call.head_dim, strip)
-        size = head_state(call, lanes, strip)
-        series(s.state, 0, 0, call.unit_heads * size // WORD)
-        for h in range(call.unit_heads):
-            for g in range(call.group):
-                store_float32(s.state + size * h + 4 * (call.group * columns + g), MINUS_INFINITY)
-        series(s.zeros, 0, 0, up(itemsize * call.head_dim, WORD) // WORD)
-
-    @native
-    def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
-        for g in range(call.group):
-            scores = s.scores + 4 * line * g
-            if call.bias != 0:
-                for i in range(count):
-                    x = load_float32(scores + 4 * i) + bias_at(call, b, head * call.group + g, first + i)
-                    store_float32(scores + 4 * i, x)
-            if call.mask != 0:
-                mask = call.mask + (b % call.mask_rows) * call.mask_width + first
-                for i in range(count):
-                    if load_byte(mask + i) != 0:
-                        store_float32(scores + 4 * i, MASKED)
-
-    @native
-    def drop_masked_rows(call, s, rows, offset, b, first, count):  # type: ignore[no-untyped-def]
-        """Values of masked positions are not read where their weight is 0, so that a NaN there has no influence."""
-        mask = call.mask + (b % call.mask_rows) * call.mask_width + first
-        for i in range(count):
-            if load_byte(mask + i) == 0:
-                continue
-            counts = False
-            for g in range(call.group):
-                top = load_float32(s.factors + 4 * g)
-                counts = counts or load_float32(s.scores + 4 * (line * g + i)) - top >= F(EXP_UNDERFLOWS)
-            if not counts:
-                store_int64(rows + 8 * i, s.zeros - offset)
-
-    @native
-    def set_values(call, s, rows, zeros, b, head, first, count):  # type: ignore[no-untyped-def]
-        values = rows + WORD * call.tile
-        set_rows(call, call.value, call.value_pages, call.value_table, b, head, first, count, zeros, values)
-
-    @native
-    def prepare(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
-        """The addresses of the keys and values of a tile, of the first head of a unit, in `rows` (2, T), in turn."""
-        set_rows(call, call.key, call.key_pages, call.table, b, head, first, count, s.zeros, rows)
-        set_values(call, s, rows, s.zeros, b, head, first, count)
-
-    @native
-    def set_pieces(call, pages, num_pages, table, b, head, first, count, pieces):  # type: ignore[no-untyped-def]
-        """Addresses of the parts of pages that hold a tile of a unit, from `head` on. Returns the end of the list."""
-        for t in range(first - first % call.page_size, first + count, call.page_size):
-            address = head_of_page(call, pages, num_pages, table, b, t, head)
-            for offset in range(0, call.unit_heads * call.head_stride, MEMORY_PAGE):
-                fetch(address + offset)
-            store_int64(pieces, address)
-            pieces += WORD
-        return pieces
-
-    @native
-    def begin_to_fetch(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
-        """A tile of all heads of a unit, from the first key to the last value, in pieces as large as lie together."""
-        if joined(call) and count > 0:
-            end = set_pieces(call, call.key, call.key_pages, call.table, b, head, first, count, s.pieces)
-            end = set_pieces(call, call.value, call.value_pages, call.value_table, b, head, first, count, end)
-            put_place(s.place, (s.pieces, 0, end - WORD, call.unit_heads * call.head_stride))
-        else:
-            size = call.unit_heads * call.head_dim * itemsize
-            put_place(s.place, (rows, 0, rows + WORD * (2 * call.tile - 1), size))
-
-    @native
-    def advance(call, s, rows, b, first_head, h, offset, first, count):  # type: ignore[no-untyped-def]
-        """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit.
-
-        Its elements are `offset` bytes behind `rows`, which are those of the first head.
-        """
-        values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
-        columns, padded = up(head_dim, strip), up(group, lanes)
-        if offset > 0 and count < call.tile:  # what fills the tile is the same for all heads
-            for i in range(count, call.tile):
-                store_int64(rows + WORD * i, s.zeros - offset)
-                store_int64(values + WORD * i, s.zeros - offset)
-        query = s.query + query_size(call) * h
-        initial, weight = s.initial + 4 * query_digits * group * h, s.weight + 4 * group * h
-        score(group, query, initial, weight, s.scores, rows, offset, s.place, count, head_dim)
-        if call.bias != 0 or call.mask != 0:
-            add_bias_and_mask(call, s, b, first_head + h, first, count)
-        state = s.state + head_state(call, lanes, strip) * h
-        weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns, s.place, head_dim)
-        if call.mask != 0:
-            if offset > 0:  # again with those that the head before had no use for
-                set_values(call, s, rows, s.zeros - offset, b, first_head, first, count)
-            drop_masked_rows(call, s, values, offset, b, first, count)
-        fades, shares = s.factors + 8 * padded, s.factors + 12 * padded
-        add_values(group, s.weights, fades, shares, state, values, offset, s.place, count, head_dim)
-
-    @native
-    def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
-        """The tile from `first` on, and fetch it; behind the `last` position what will probably come next."""
-        if first >= last:
-            b, unit, last = next_b, next_unit, first
-            if b < call.batch:
-                first, last = window(call, b)
-        head, count = unit * call.unit_heads, min(call.tile, last - first)
-        prepare(call, s, rows, b, head, first, count)
-        begin_to_fetch(call, s, rows, b, head, first, count)
-
-    @native
-    def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
-        """Positions [first, last) of one unit of heads, into the scratch's state, and fetch what comes next."""
-        first_head = unit * call.unit_heads
-        begin(call, s, b, first_head)
-        rows, ahead = s.rows, s.rows + WORD * (2 * call.tile + SERIES)
-        prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
-        for t in range(first, last, call.tile):
-            prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
-            for h in range(call.unit_heads):
-                advance(call, s, rows, b, first_head, h, call.head_stride * h, t, min(call.tile, last - t))
-            rows, ahead = ahead, rows
-
-    return stream
+@native
+def head_of_page(call, pages, num_pages, table, b, t, head):  # type: ignore[no-untyped-def]
+    """Where a head begins in the page of position t; without a table every sequence is one page."""
+    page = b
+    if table != 0:
+        page = load_int32(table + 4 * (b * call.pages + t // call.page_size))
+        page = min(max(page, 0), num_pages - 1)
+    return pages + page * call.page_stride + head * call.head_stride
 
 
-def _arrange_parts(form: Format, machine: Machine) -> Any:
-    """A Numba function: put query head g of the unit's kv head h from its plain rows to where `scores` wants it."""
-    strip, pack, query_digits = form.strip(machine.lanes), form.pack, form.query_digits
-    parts, query_size = query_parts(form, machine), query_size_of(form, machine)
-
-    @native
-    def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
-        length = up(call.head_dim, strip) // pack
-        first = 0
-        for kind in range(len(parts)):
-            heads, piece = parts[kind]
-            whole = (call.group - first) // heads * heads
-            if g < first + whole:
-                break
-            first += whole
-        first += (g - first) // heads * heads
-        to = s.query + query_size(call) * h + 4 * length * query_digits * first + 4 * piece * (g - first)
-        for i in range(length // piece):
-            for digit in range(query_digits):
-                for j in range(piece // 2):
-                    store_int64(to + 8 * j, word(s.plain + 4 * (length * digit + piece * i), j))
-                to += 4 * piece * heads
-
-    return arrange
+@native
+def set_rows(call, pages, num_pages, table, b, head, first, count, zeros, rows):  # type: ignore[no-untyped-def]
+    """Addresses of `count` positions of a head from `first` on, in `rows`; then the zeros, to fill a tile."""
+    done = 0
+    while done < count:
+        t = first + done
+        inside = t % call.page_size
+        here = min(count - done, call.page_size - inside)
+        address = head_of_page(call, pages, num_pages, table, b, t, head) + inside * call.row_stride
+        # The first access to a page of memory waits for its translation: all of a tile are asked for at once.
+        for offset in range(0, here * call.row_stride, MEMORY_PAGE):
+            fetch(address + offset)
+        linked.series(rows + WORD * done, address, call.row_stride, here)
+        done += here
+    linked.series(rows + WORD * count, zeros, 0, call.tile - count)
 
 
-def _arrange_columns(form: Format, machine: Machine) -> Any:
+@native
+def arrange_parts(call, s, h, g):  # type: ignore[no-untyped-def]
+    """Put query head g of the unit's kv head h from its plain rows to where `scores` wants it."""
+    length = up(call.head_dim, linked.strip()) // linked.pack()
+    first, heads = 0, HEADS[0]
+    while g >= first + (call.group - first) // heads * heads:
+        first += (call.group - first) // heads * heads
+        heads //= 2
+    first += (g - first) // heads * heads
+    piece = linked.piece(heads)
+    to = s.query + query_size(call) * h + 4 * length * linked.query_digits() * first + 4 * piece * (g - first)
+    for i in range(length // piece):
+        for digit in range(linked.query_digits()):
+            for j in range(piece // 2):
+                store_int64(to + 8 * j, word(s.plain + 4 * (length * digit + piece * i), j))
+            to += 4 * piece * heads
+
+
+@native
+def arrange_columns(call, s, h, g):  # type: ignore[no-untyped-def]
     """The same for the matrices of amx.py, of which every digit of a head is a column."""
-    strip, pack, query_digits = form.strip(machine.lanes), form.pack, form.query_digits
-    heads, columns = form.query_heads, form.query_lanes
-    query_size = query_size_of(form, machine)
+    length = up(call.head_dim, linked.strip()) // linked.pack()
+    heads, columns = linked.query_heads(), linked.query_lanes()
+    to = s.query + query_size(call) * h + 4 * columns * length * (g // heads) + 4 * (g % heads)
+    for digit in range(linked.query_digits()):
+        for i in range(length):
+            store_int32(to + 4 * (columns * i + heads * digit), load_int32(s.plain + 4 * (length * digit + i)))
 
-    @native
-    def arrange(call, s, h, g):  # type: ignore[no-untyped-def]
-        length = up(call.head_dim, strip) // pack
-        to = s.query + query_size(call) * h + 4 * columns * length * (g // heads) + 4 * (g % heads)
-        for digit in range(query_digits):
-            for i in range(length):
-                store_int32(to + 4 * (columns * i + heads * digit), load_int32(s.plain + 4 * (length * digit + i)))
 
-    return arrange
+@native
+def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
+    """The queries of a unit of heads as digits, and their state before the first tile."""
+    for i in range(call.unit_heads * call.group):
+        query = call.query + 4 * call.head_dim * ((b * call.heads + first_head) * call.group + i)
+        initial = s.initial + 4 * linked.query_digits() * i
+        linked.split(query, call.scale + 4 * b, initial, s.weight + 4 * i, s.plain, call.head_dim)
+        if linked.amx() != 0:
+            arrange_columns(call, s, i // call.group, i % call.group)
+        else:
+            arrange_parts(call, s, i // call.group, i % call.group)
+    columns = up(call.head_dim, linked.strip())
+    size = head_state(call)
+    linked.series(s.state, 0, 0, call.unit_heads * size // WORD)
+    for h in range(call.unit_heads):
+        for g in range(call.group):
+            store_float32(s.state + size * h + 4 * (call.group * columns + g), MINUS_INFINITY)
+    linked.series(s.zeros, 0, 0, up(linked.itemsize() * call.head_dim, WORD) // WORD)
+
+
+@native
+def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
+    """To the scores of `count` positions of a head from `first` on."""
+    for g in range(call.group):
+        scores = s.scores + 4 * linked.tile() * g
+        if call.bias != 0:
+            for i in range(count):
+                x = load_float32(scores + 4 * i) + bias_at(call, b, head * call.group + g, first + i)
+                store_float32(scores + 4 * i, x)
+        if call.mask != 0:
+            mask = call.mask + (b % call.mask_rows) * call.mask_width + first
+            for i in range(count):
+                if load_byte(mask + i) != 0:
+                    store_float32(scores + 4 * i, MASKED)
+
+
+@native
+def drop_masked_rows(call, s, rows, offset, b, first, count):  # type: ignore[no-untyped-def]
+    """Values of masked positions are not read where their weight is 0, so that a NaN there has no influence."""
+    mask = call.mask + (b % call.mask_rows) * call.mask_width + first
+    for i in range(count):
+        if load_byte(mask + i) == 0:
+            continue
+        counts = False
+        for g in range(call.group):
+            top = load_float32(s.factors + 4 * g)
+            counts = counts or load_float32(s.scores + 4 * (linked.tile() * g + i)) - top >= F(EXP_UNDERFLOWS)
+        if not counts:
+            store_int64(rows + 8 * i, s.zeros - offset)
+
+
+@native
+def set_values(call, s, rows, zeros, b, head, first, count):  # type: ignore[no-untyped-def]
+    """The addresses of the values of a tile, in `rows` (2, T)."""
+    values = rows + WORD * call.tile
+    set_rows(call, call.value, call.value_pages, call.value_table, b, head, first, count, zeros, values)
+
+
+@native
+def prepare(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
+    """The addresses of the keys and values of a tile, of the first head of a unit, in `rows` (2, T), in turn."""
+    set_rows(call, call.key, call.key_pages, call.table, b, head, first, count, s.zeros, rows)
+    set_values(call, s, rows, s.zeros, b, head, first, count)
+
+
+@native
+def set_pieces(call, pages, num_pages, table, b, head, first, count, pieces):  # type: ignore[no-untyped-def]
+    """Addresses of the parts of pages that hold a tile of a unit, from `head` on. Returns the end of the list."""
+    for t in range(first - first % call.page_size, first + count, call.page_size):
+        address = head_of_page(call, pages, num_pages, table, b, t, head)
+        for offset in range(0, call.unit_heads * call.head_stride, MEMORY_PAGE):
+            fetch(address + offset)
+        store_int64(pieces, address)
+        pieces += WORD
+    return pieces
+
+
+@native
+def begin_to_fetch(call, s, rows, b, head, first, count):  # type: ignore[no-untyped-def]
+    """A tile of all heads of a unit, from the first key to the last value, in pieces as large as lie together."""
+    if joined(call) and count > 0:
+        end = set_pieces(call, call.key, call.key_pages, call.table, b, head, first, count, s.pieces)
+        end = set_pieces(call, call.value, call.value_pages, call.value_table, b, head, first, count, end)
+        put_place(s.place, (s.pieces, 0, end - WORD, call.unit_heads * call.head_stride))
+    else:
+        size = call.unit_heads * call.head_dim * linked.itemsize()
+        put_place(s.place, (rows, 0, rows + WORD * (2 * call.tile - 1), size))
+
+
+@native
+def advance(call, s, rows, b, first_head, h, offset, first, count):  # type: ignore[no-untyped-def]
+    """Fold `count` positions from `first` on, at most a tile, into the state of head h of a unit.
+
+    Its elements are `offset` bytes behind `rows`, which are those of the first head.
+    """
+    values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
+    columns, padded = up(head_dim, linked.strip()), up(group, linked.lanes())
+    if offset > 0 and count < call.tile:  # what fills the tile is the same for all heads
+        for i in range(count, call.tile):
+            store_int64(rows + WORD * i, s.zeros - offset)
+            store_int64(values + WORD * i, s.zeros - offset)
+    query = s.query + query_size(call) * h
+    initial, weight = s.initial + 4 * linked.query_digits() * group * h, s.weight + 4 * group * h
+    linked.scores(group, query, initial, weight, s.scores, rows, offset, s.place, count, head_dim)
+    if call.bias != 0 or call.mask != 0:
+        add_bias_and_mask(call, s, b, first_head + h, first, count)
+    state = s.state + head_state(call) * h
+    linked.weigh(group, count, s.scores, s.weights, s.factors, state + 4 * group * columns, s.place, head_dim)
+    if call.mask != 0:
+        if offset > 0:  # again with those that the head before had no use for
+            set_values(call, s, rows, s.zeros - offset, b, first_head, first, count)
+        drop_masked_rows(call, s, values, offset, b, first, count)
+    fades, shares = s.factors + 8 * padded, s.factors + 12 * padded
+    linked.values(group, s.weights, fades, shares, state, values, offset, s.place, count, head_dim)
+
+
+@native
+def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
+    """The tile from `first` on, and fetch it; behind the `last` position what will probably come next."""
+    if first >= last:
+        b, unit, last = next_b, next_unit, first
+        if b < call.batch:
+            first, last = window(call, b)
+    head, count = unit * call.unit_heads, min(call.tile, last - first)
+    prepare(call, s, rows, b, head, first, count)
+    begin_to_fetch(call, s, rows, b, head, first, count)
+
+
+@native
+def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
+    """Positions [first, last) of one unit of heads, into the scratch's state, and fetch what comes next."""
+    first_head = unit * call.unit_heads
+    begin(call, s, b, first_head)
+    rows, ahead = s.rows, s.rows + WORD * (2 * call.tile + SERIES)
+    prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
+    for t in range(first, last, call.tile):
+        prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
+        for h in range(call.unit_heads):
+            advance(call, s, rows, b, first_head, h, call.head_stride * h, t, min(call.tile, last - t))
+        rows, ahead = ahead, rows

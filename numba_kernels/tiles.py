@@ -20,8 +20,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 
 from numba_kernels.fetching import Fetcher
 from numba_kernels.formats import Format
@@ -33,7 +31,6 @@ SERIES = 8  # numbers of `series` in a line of memory
 # By the number of digits: one of 16 bits, or two bytes with a highest of 127, whose products with 512 keys of -128, the
 # largest D, have room in int32; or three bytes. Of three, what is left of a float32 query is below its own last place.
 LARGEST_QUERY = {1: 2**15 - 1, 2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
-_INT = types.int64
 
 
 class Tile(NamedTuple):
@@ -41,31 +38,50 @@ class Tile(NamedTuple):
 
     Attributes:
       name: its symbol.
-      arguments: how many int64 it takes. All return an int64 that has no meaning.
-      body: emits its code: `body(v, *values)`.
+      arguments: how many int64 it takes. All return an int64.
+      body: emits its code: `body(v, *values)`. What it returns is the answer; None is one that has no meaning.
     """
 
     name: str
     arguments: int
-    body: Callable[..., None]
-
-    @property
-    def external(self) -> Any:
-        """What Numba code calls."""
-        return types.ExternalFunction(self.name, _INT(*[_INT] * self.arguments))
+    body: Callable[..., ir.Value | None]
 
 
-def common(form: Format) -> dict[str, Tile]:
-    """The steps that all formats have, by name."""
-    tiles = (_series(), _split(form), weigh(form), _merge(), _divide())
+def common(form: Format, machine: Machine) -> dict[str, Tile]:
+    """The steps that all formats have, and the numbers that Numba code asks for, by name."""
+    tiles = (_series(), _split(form), weigh(form), _merge(), _divide(), *numbers(form, machine))
     return {tile.name: tile for tile in tiles}
+
+
+def numbers(form: Format, machine: Machine) -> list[Tile]:
+    """The numbers of a format on a machine, as functions: when all is optimised, they are constants."""
+    values = {
+        "lanes": machine.lanes,
+        "strip": form.strip(machine.lanes),
+        "pack": form.pack,
+        "itemsize": form.itemsize,
+        "tile": form.tile,
+        "least_tile": form.least_tile,
+        "query_digits": form.query_digits,
+        "query_heads": form.query_heads,
+        "query_lanes": form.query_lanes,
+        "weight_rows": form.weight_rows,
+        "weight_lanes": form.weight_lanes,
+        "amx": int(form.amx),
+    }
+    return [number(name, value) for name, value in values.items()] + [_piece(form, machine)]
+
+
+def number(name: str, value: int) -> Tile:
+    """A function that returns it."""
+    return Tile(name, 0, lambda v: ir.Constant(I64, value))
 
 
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
     """The two products, by name, for one format on one machine, and their parts before them.
 
     scores (group, query, initial, weights, out, rows, head, place, count, head_dim): `query`, `initial` and `weights`
-    as `_split` and `query_parts` have them; `out` (heads, T) float32.
+    as `_split` and `_piece` have them; `out` (heads, T) float32.
     values (group, weights, fades, shares, out, rows, head, place, count, head_dim): the first three as `weigh` leaves
     them; `out` (heads, D padded) float32.
     In both, `rows` holds the addresses of a tile's keys or values, of which `count` count, `head` is added to each, and
@@ -88,8 +104,8 @@ def module_of(tiles: dict[str, Tile], machine: Machine) -> ir.Module:
     for tile in tiles.values():
         function = ir.Function(module, ir.FunctionType(I64, [I64] * tile.arguments), tile.name)
         builder = ir.IRBuilder(function.append_basic_block())
-        tile.body(Vectors(builder, machine), *function.args)
-        builder.ret(ir.Constant(I64, 0))
+        answer = tile.body(Vectors(builder, machine), *function.args)
+        builder.ret(ir.Constant(I64, 0) if answer is None else answer)
     return module
 
 
@@ -104,7 +120,7 @@ def _for_a_group(name: str, form: Format, parts: dict[int, Tile]) -> Tile:
         builder = v.builder
         *moving, rows, offset, place, count, head_dim = arguments
         strides = _strides(name, v, form, head_dim)
-        done = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
+        done = v.variable_of(ir.Constant(I64, 0))
         sharing, left = ir.Constant(I64, 0), group
         for heads in parts:
             sharing = builder.add(sharing, builder.udiv(left, ir.Constant(I64, heads)))
@@ -173,19 +189,28 @@ def _power_of_two(most: int) -> int:
     return 1 << max(1, most).bit_length() - 1
 
 
-def query_parts(form: Format, machine: Machine) -> tuple[tuple[int, int], ...]:
-    """How `scores` wants the query of a group of heads: in parts of so many heads while there are as many.
+def _piece(form: Format, machine: Machine) -> Tile:
+    """(heads): the lanes L of a piece, in a part of the query of so many heads.
 
-    Of each kind of part, the largest first, the heads and the lanes L of a piece. A part has, for every L lanes of a
-    row, the L lanes of each digit, of each head. So all pieces of a row lie together that meet the same piece of a key.
+    `scores` wants the query of a group in parts of as many heads as `HEADS` says while there are as many. A part has,
+    for every L lanes of a row, the L lanes of each digit, of each head. So all pieces of a row lie together that meet
+    the same piece of a key.
     """
-    return tuple((heads, machine.lanes // _beside(form, machine, heads)) for heads in HEADS)
+
+    def body(v: Vectors, heads: Any) -> ir.Value:
+        answer = ir.Constant(I64, 0)
+        for some in HEADS:
+            lanes = ir.Constant(I64, machine.lanes // _beside(form, machine, some))
+            answer = v.builder.select(v.builder.icmp_signed("==", heads, ir.Constant(I64, some)), lanes, answer)
+        return answer
+
+    return Tile("piece", 1, body)
 
 
 def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     """(query, initial, weights, out, rows, head, *fetching, count, head_dim): scores of `heads` query heads.
 
-    `query` is as `query_parts` says, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
+    `query` is as `_piece` says, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
     addresses of a tile's keys, of which `count` count. int8 keys are raised by 128 to be unsigned; `initial` (heads,
     digits) int32, from which the sums start, takes that back.
     """
@@ -201,7 +226,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
         *fetching, count, head_dim = rest
         builder, kind = v.builder, v.ints if form.integer else v.floats
         blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
-        totals = [[cgutils.alloca_once(builder, kind) for _ in range(positions)] for _ in range(vectors)]
+        totals = [[v.variable(kind) for _ in range(positions)] for _ in range(vectors)]
         starts = _first_sums(v, initial, heads, digits, beside) if form.pack == 4 else [v.constant(kind, 0)] * vectors
         factors = v.load(weights, ir.VectorType(F32, heads))
         copies = [v.room(4 * v.lanes * form.parts) for _ in range(positions)] if beside > 1 else []
@@ -333,7 +358,7 @@ def _split(form: Format) -> Tile:
             return
 
         zero, most, bits = v.constant(v.floats, 0.0), LARGEST_QUERY[form.query_digits], form.digit_bits
-        largest, wrong, *sums = (cgutils.alloca_once_value(builder, zero) for _ in range(2 + form.query_digits))
+        largest, wrong, *sums = (v.variable_of(zero) for _ in range(2 + form.query_digits))
         with v.loop(vectors) as i:
             x = read(i)
             builder.store(v.float_function("maxnum", builder.load(largest), v.float_function("fabs", x)), largest)
@@ -625,8 +650,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             """[head][strip][which] sums over the tile, of some of the vectors that the rows' vectors become."""
             offset = v.address(head, first, form.itemsize)
             totals = [
-                [[[cgutils.alloca_once(builder, kind) for _ in range(sums)] for _ in which] for _ in range(width)]
-                for _ in range(heads)
+                [[[v.variable(kind) for _ in range(sums)] for _ in which] for _ in range(width)] for _ in range(heads)
             ]
             for total in (x for head in totals for strip in head for column in strip for x in column):
                 builder.store(v.constant(kind, 0), total)

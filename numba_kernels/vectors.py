@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
@@ -67,9 +66,21 @@ class Vectors:
 
     def room(self, size: int) -> ir.Value:
         """The address of so many bytes of the function's own, on a cache line of their own."""
-        place = cgutils.alloca_once(self.builder, I8, size)
-        place.align = LINE
+        with self.builder.goto_entry_block():
+            place = self.builder.alloca(I8, size)
+            place.align = LINE
         return self.builder.ptrtoint(place, I64)
+
+    def variable(self, kind: ir.Type) -> ir.Value:
+        """A place for a value that changes, of which LLVM makes a register where it can."""
+        with self.builder.goto_entry_block():
+            return self.builder.alloca(kind)
+
+    def variable_of(self, value: ir.Value) -> ir.Value:
+        """A place for a value that changes, and this one in it."""
+        place = self.variable(value.type)
+        self.builder.store(value, place)
+        return place
 
     def load_first(self, address: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
         """The first `count` elements at an address, at least one, and zeros: nothing behind them is read."""
@@ -110,7 +121,8 @@ class Vectors:
     def function(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
         """An LLVM intrinsic."""
         kind = ir.FunctionType(result, arguments)
-        return cgutils.get_or_insert_function(self.builder.module, kind, name)
+        module = self.builder.module
+        return module.globals.get(name) or ir.Function(module, kind, name)
 
     def float_function(self, name: str, *values: ir.Value) -> ir.Value:
         """`llvm.NAME` of float32 vectors or scalars."""
@@ -337,8 +349,18 @@ class Vectors:
     @contextmanager
     def loop(self, count: ir.Value) -> Iterator[ir.Value]:
         """For index in range(count)."""
-        with cgutils.for_range(self.builder, count) as loop:
-            yield loop.index
+        builder, before = self.builder, self.builder.basic_block
+        condition, body, after = (builder.append_basic_block(f"loop.{part}") for part in ("condition", "body", "after"))
+        builder.branch(condition)
+        builder.position_at_end(condition)
+        index = builder.phi(count.type)
+        builder.cbranch(builder.icmp_signed("<", index, count), body, after)
+        builder.position_at_end(body)
+        yield index
+        index.add_incoming(ir.Constant(count.type, 0), before)
+        index.add_incoming(builder.add(index, ir.Constant(count.type, 1), flags=["nsw"]), builder.basic_block)
+        builder.branch(condition)
+        builder.position_at_end(after)
 
 
 class _BFloatType(ir.Type):

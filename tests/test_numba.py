@@ -337,7 +337,7 @@ def test_compiles_for_x86_without_narrow_products(cpu: str, features: dict[str, 
     target = build._target(machine, "x86_64-unknown-linux-gnu")
     words, converted = (format_of("int8", False, machine, narrow=narrow) for narrow in (True, False))
     for form in (words, converted):
-        module = llvm.parse_assembly(str(module_of(form.code(machine)[0], machine)))
+        module = llvm.parse_assembly(str(module_of(form.tiles(machine), machine)))
         build._optimise(module, target)
         assert ("vpmaddwd" in target.emit_assembly(module)) == form.words
     for form in (words, format_of("bfloat16", False, machine)):
@@ -566,7 +566,7 @@ def check(**fields):
 
 
 def test_compiled_code_is_kept_for_the_next_process(tmp_path: pathlib.Path) -> None:
-    code = RUN + "check()\nprint('numba' in sys.modules)"
+    code = RUN + "check()\nprint('numba_kernels.tiles' in sys.modules)"
     assert in_a_process(code, JAX_IFA_CACHE_DIR=str(tmp_path)).strip() == "True"
     (kept,) = tmp_path.iterdir()
     assert kept.name.startswith("float32_")
