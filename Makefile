@@ -57,8 +57,9 @@ format: $(VENV)/.installed-test,lint  ## Format the code and mend what can be me
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bitcode: $(VENV)/.installed-examples  ## Renew what Numba makes of the CPU kernels, after a change of these.
-	$(BIN)/python -m numba_kernels.bitcode
+bitcode:  ## Renew what Numba makes of the CPU kernels, after a change of these.
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bitcode $(VENV)-bitcode/.installed-bitcode
+	$(VENV)-bitcode/bin/python -m numba_kernels.bitcode
 
 benchmark: $(VENV)/.installed-benchmarks  ## Measure against the rivals on this machine (see benchmarks/README.md).
 	$(BIN)/python -m benchmarks.run

@@ -1,13 +1,13 @@
 """Numba's functions as LLVM bitcode, which comes with the package, so that nobody has to wait for Numba.
 
 What Numba makes of schedule.py and rows.py is the same for every format and processor (linked.py), and takes it two
-thirds of a first call. So it is kept beside them, in schedule.bc and rows.bc. The first line of these has a digest of
-the sources: where they have changed since, or LLVM cannot read a file, Numba does its work again, in every process that
-compiles, until
+thirds of a first call. So it is kept beside them, in schedule.bc and rows.bc, whose first line says what they were made
+of. Where that is no longer so, or a file is missing, damaged or of a newer LLVM than is here, Numba does its work again
+in every process that compiles, until
 
-    python -m numba_kernels.bitcode
+    make bitcode
 
-writes the files anew.
+writes the files anew. It does so with the oldest Numba that pyproject.toml allows: LLVM reads what older ones wrote.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from jax_ifa import masking
+from jax_ifa.masking import MASK_VALUE
 
 ENTRY = "jax_ifa_handle"  # the C functions that are made of a source's `handle` and `take_ranges`
 TASK = "jax_ifa_take_ranges"
@@ -36,42 +36,61 @@ _ANY_LAYOUT = "e-i64:64-n32:64-S128"
 @functools.cache
 def digest_of_sources() -> str:
     """Of all that Numba's functions are made of, and what they are linked with."""
-    digest = hashlib.sha256()
-    for source in (*sorted(_FOLDER.glob("*.py")), pathlib.Path(masking.__file__)):
+    digest = hashlib.sha256(repr(MASK_VALUE).encode())
+    for source in sorted(_FOLDER.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
+def path_of(source: str) -> pathlib.Path:
+    """The file that comes with the package."""
+    return _FOLDER / f"{source}.bc"
+
+
 def module_of(source: str) -> Any:
     """The LLVM module of the functions `ENTRY` and `TASK` of a source, `int64 name(int64)`."""
-    with contextlib.suppress(OSError, RuntimeError):  # there is none; it is of a newer LLVM
-        origin, code = kept(source)
-        if origin.split()[0] == digest_of_sources():
+    code = kept(source)
+    if code is not None:
+        with contextlib.suppress(RuntimeError):
             return llvm.parse_bitcode(code)
     return llvm.parse_bitcode(typed(source))
 
 
-def kept(source: str) -> tuple[str, bytes]:
-    """What comes with the package: what it was made of, and the bitcode."""
-    first, code = (_FOLDER / f"{source}.bc").read_bytes().split(b"\n", 1)
-    return first.decode(), code
+def kept(source: str) -> bytes | None:
+    """The bitcode that comes with the package, if it is whole, of these sources, and of no newer LLVM than is here."""
+    try:
+        first, code = path_of(source).read_bytes().split(b"\n", 1)
+        digest, checksum, version, *_ = first.decode().split()
+    except (OSError, ValueError):
+        return None
+    # An older LLVM may take what it does not know for something else, and says nothing.
+    fits = digest == digest_of_sources() and version.isdecimal() and int(version) <= llvm.llvm_version_info[0]
+    return code if fits and checksum == hashlib.sha256(code).hexdigest() else None
 
 
-def made_of() -> str:
-    """What `typed` makes bitcode of: the digest of the sources; Numba and Python, on which details depend."""
+def write() -> None:
+    """Write the files that come with the package. Their first line: two digests, LLVM's version; Numba's, Python's."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return f"{digest_of_sources()} numba {importlib.metadata.version('numba')} python {python} {platform.machine()}"
+    made_by = f"numba {importlib.metadata.version('numba')} python {python}"
+    for source in SOURCES:
+        code = typed(source)
+        checksum = hashlib.sha256(code).hexdigest()
+        first = f"{digest_of_sources()} {checksum} {llvm.llvm_version_info[0]} LLVM {made_by}\n"
+        new = path_of(source).with_suffix(".new")
+        new.write_bytes(first.encode() + code)
+        new.replace(path_of(source))
 
 
+@functools.cache
 def typed(source: str) -> bytes:
     """The bitcode that Numba makes of a source: nothing in it is for one platform only."""
     from numba import types
 
-    from numba_kernels.linked import ARGUMENTS
+    from numba_kernels.linked import NAMES
 
     functions = importlib.import_module(f"numba_kernels.{source}")
     # A Numba without the private names of `_only_typed` makes machine code too, and asks for these symbols.
-    for name in (*ARGUMENTS, TASK):
+    for name in (*NAMES, TASK):
         llvm.add_symbol(name, ctypes.cast(_never_called, ctypes.c_void_p).value)
     module, names = llvm.parse_assembly(""), []
     for function in (functions.handle, functions.take_ranges):
@@ -111,7 +130,7 @@ def _only_typed() -> Iterator[None]:
     It would optimise a function with all that it calls, again for each caller, and then make machine code that nobody
     calls: here the whole is optimised once, at the end. The lock keeps other threads' compilations from seeing this.
     Numba keeps what it types meanwhile, also of its own (`max` of two int64), for others' functions to be linked with.
-    As IR that is whole, so long as it raises nothing and prints nothing.
+    As IR that is whole, so long as nothing is printed and nothing that it raises can come to pass.
 
     It makes millions of objects, few of them garbage: looking for that meanwhile took a seventh of the time.
     """
@@ -165,12 +184,6 @@ def _entry_points(numba_names: list[str], c_names: tuple[str, ...]) -> str:
 @ctypes.CFUNCTYPE(None)
 def _never_called() -> None:
     raise AssertionError("a placeholder was called")
-
-
-def write() -> None:
-    """Write the files that come with the package."""
-    for source in SOURCES:
-        (_FOLDER / f"{source}.bc").write_bytes(f"{made_of()}\n".encode() + typed(source))
 
 
 if __name__ == "__main__":

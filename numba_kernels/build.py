@@ -1,9 +1,9 @@
 """From the Numba functions to machine code that is called without Numba, and is kept for the next process.
 
 Their bitcode (bitcode.py) is linked with the tiles' IR, optimised once as a whole, and emitted as an object file. The
-object is kept in a cache of this user's: a process that finds it there loads it in a few milliseconds, without
-importing Numba. What the object depends on is in the name of its file: the sources of this package, the versions of
-Numba and llvmlite, the processor and its features, and the kernel.
+object is kept in a cache of this user's: a process that finds it there loads it in a few milliseconds. What the object
+depends on is in the name of its file: the sources of this package and the bitcode, the versions of Numba and llvmlite,
+the processor and its features, and the kernel.
 
 The cache lies in the folder that the environment variable JAX_IFA_CACHE_DIR names, else in the user's cache folder
 (`platformdirs`; on Linux ~/.cache/jax_ifa). Where it cannot be written, every process compiles anew: that is
@@ -69,6 +69,8 @@ def name_of(kernel: Kernel, machine: Machine) -> str:
     for package in ("numba", "llvmlite"):
         digest.update(importlib.metadata.version(package).encode())
     digest.update(bitcode.digest_of_sources().encode())
+    for source in bitcode.SOURCES:
+        digest.update(bitcode.kept(source) or b"")
     return f"{kernel.name}_{digest.hexdigest()[:24]}"
 
 
@@ -123,7 +125,8 @@ def compile_object(kernel: Kernel, machine: Machine, triple: str | None = None) 
     target = _target(machine, triple)
     _optimise(module, target)
     missing = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
-    assert missing <= {"malloc", "free", "sched_yield"}, f"the kernel would need {missing}"
+    if not missing <= {"malloc", "free", "sched_yield"}:
+        raise RuntimeError(f"the kernel would need {missing}")
     return target.emit_object(module)
 
 
@@ -150,12 +153,14 @@ def _linked(kernel: Kernel, machine: Machine) -> Any:
     functions = bitcode.module_of(kernel.source)
     for function in functions.functions:  # the linker would not look
         if function.is_declaration and function.name in steps:
-            assert function.global_value_type == module.get_function(function.name).global_value_type, function.name
+            expected, got = (x.global_value_type for x in (function, module.get_function(function.name)))
+            if expected != got:
+                raise RuntimeError(f"{function.name}: Numba code calls {expected}, got {got}")
     module.link_in(functions)
     for function in module.functions:
         if not function.is_declaration and function.name != ENTRY:
             function.linkage = "internal"
-            step = function.name in steps and steps[function.name].arguments > 0  # not a number
+            step = function.name in steps and not steps[function.name].number
             function.add_function_attribute("noinline" if step else "nounwind")
     return module
 

@@ -129,7 +129,7 @@ class Format:
 
     def tiles(self, machine: Machine) -> Any:
         """See `build.Kernel`."""
-        from numba_kernels import amx, tiles  # not without need: these import Numba
+        from numba_kernels import amx, tiles  # not without need: these import llvmlite
 
         return tiles.common(self, machine) | (amx.make(self) if self.amx else tiles.make(self, machine))
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from numba import types
 
-ARGUMENTS: dict[str, int] = {}
-"""How many each takes, by name."""
+NAMES: list[str] = []
+"""Of all of them."""
 
 
 def linked(name: str, arguments: int = 0) -> Any:
     """A function that Numba code calls and `tiles.module_of` defines."""
-    ARGUMENTS[name] = arguments
+    NAMES.append(name)
     return types.ExternalFunction(name, types.int64(*[types.int64] * arguments))
 
 

@@ -26,7 +26,7 @@ from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 from numba_kernels.vectors import EXP_TERMS, EXP_TERMS_OF_16_BITS, F32, I16, I32, I64, LINE, Vectors
 
-HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow
+HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow; halves in turn
 SERIES = 8  # numbers of `series` in a line of memory
 # By the number of digits: one of 16 bits, or two bytes with a highest of 127, whose products with 512 keys of -128, the
 # largest D, have room in int32; or three bytes. Of three, what is left of a float32 query is below its own last place.
@@ -40,11 +40,13 @@ class Tile(NamedTuple):
       name: its symbol.
       arguments: how many int64 it takes. All return an int64.
       body: emits its code: `body(v, *values)`. What it returns is the answer; None is one that has no meaning.
+      number: whether it is a number of the format: nothing is left of it when all is optimised.
     """
 
     name: str
     arguments: int
     body: Callable[..., ir.Value | None]
+    number: bool = False
 
 
 def common(form: Format, machine: Machine) -> dict[str, Tile]:
@@ -74,7 +76,7 @@ def numbers(form: Format, machine: Machine) -> list[Tile]:
 
 def number(name: str, value: int) -> Tile:
     """A function that returns it."""
-    return Tile(name, 0, lambda v: ir.Constant(I64, value))
+    return Tile(name, 0, lambda v: ir.Constant(I64, value), number=True)
 
 
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
@@ -204,7 +206,7 @@ def _piece(form: Format, machine: Machine) -> Tile:
             answer = v.builder.select(v.builder.icmp_signed("==", heads, ir.Constant(I64, some)), lanes, answer)
         return answer
 
-    return Tile("piece", 1, body)
+    return Tile("piece", 1, body, number=True)
 
 
 def _scores(form: Format, machine: Machine, heads: int) -> Tile:
