@@ -91,11 +91,8 @@ def make(form: Format, machine: Machine) -> dict[str, Tile]:
     """
     # Before and after a thread's products: here there is nothing to do.
     tiles = [Tile("configure", 2, lambda v, group, found: None), Tile("reset", 1, lambda v, found: None)]
-    for name, kind, most in (
-        ("scores", _scores, 8),
-        ("values", _values, machine.registers // (8 if form.pack == 4 else 4)),
-    ):
-        parts = {heads: kind(form, machine, heads) for heads in HEADS if heads <= most}
+    for name, kind in (("scores", _scores), ("values", _values)):
+        parts = {heads: kind(form, machine, heads) for heads in HEADS}
         tiles += [*parts.values(), _for_a_group(name, form, parts)]
     return {tile.name: tile for tile in tiles}
 
@@ -633,12 +630,15 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     The first three are as `weigh` leaves them, from the first of the heads on; `out` is (heads, D padded) float32.
     `rows` holds the addresses of a tile's values, of which `count` count. A factor of 0 forgets even a NaN.
     """
+    most = min(heads, machine.registers // (8 if form.pack == 4 else 4))  # heads in a turn, whose sums have room
+    turns = [range(first, first + most) for first in range(0, heads, most)]
     digits = form.weight_digits
     sums = digits if form.integer else 1  # digits that are floats are summed as one
-    wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // heads) // form.per_lane)  # readings of a row
+    wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // most) // form.per_lane)  # readings of a row
     at_once = 2 if form.integer else form.per_lane  # of the vectors that these become: more would not fit
     column_bytes = machine.lanes * form.pack * form.itemsize  # that are read for one of these vectors
-    together = max(1, LINE // (at_once * wide * column_bytes))  # lanes of weights: a line is read, and one fetched
+    # Lanes of weights: in every turn of two, two lines are read for one that is fetched.
+    together = max(1, len(turns) * LINE // (at_once * wide * column_bytes))
 
     def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, positions, head_dim = rest
@@ -648,37 +648,37 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
         fetcher = Fetcher(v, *fetching)
         groups = v.over(lanes_with_weights(v, form, positions), together)
 
-        def products(first: ir.Value, width: int, count: ir.Value | None, which: range) -> list[list[list[ir.Value]]]:
+        def products(own: range, first: ir.Value, width: int, count: ir.Value | None, which: range) -> Any:
             """[head][strip][which] sums over the tile, of some of the vectors that the rows' vectors become."""
             offset = v.address(head, first, form.itemsize)
-            totals = [
-                [[[v.variable(kind) for _ in range(sums)] for _ in which] for _ in range(width)] for _ in range(heads)
-            ]
+            totals = [[[[v.variable(kind) for _ in range(sums)] for _ in which] for _ in range(width)] for _ in own]
             for total in (x for head in totals for strip in head for column in strip for x in column):
                 builder.store(v.constant(kind, 0), total)
             with v.loop(groups) as group:
-                fetcher.share(max(1, together * len(which) * width * column_bytes // LINE))
+                fetcher.share(max(1, together * len(which) * width * column_bytes // LINE // len(turns)))
                 first_lane = builder.mul(group, ir.Constant(I64, together))
                 for i in range(together):
-                    add_products(v.address(first_lane, i, 1), offset, count, which, totals)
+                    add_products(own, v.address(first_lane, i, 1), offset, count, which, totals)
             return [
                 [[digits_together(v, form, [builder.load(x) for x in column]) for column in strip] for strip in head]
                 for head in totals
             ]
 
-        def add_products(lane: ir.Value, offset: ir.Value, count: ir.Value | None, which: range, totals: Any) -> None:
+        def add_products(
+            own: range, lane: ir.Value, offset: ir.Value, count: ir.Value | None, which: range, totals: Any
+        ) -> None:
             """Of the values whose weights are in one lane."""
             here = rows_of_lane(v, form, rows, lane)
             lines = v.address(weights, lane, 4)
             factors = [
                 [v.splat(v.load(v.address(lines, (h * digits + i) * form.weight_lanes, 4), I32)) for i in range(digits)]
-                for h in range(heads)
+                for h in own
             ]
             for strip in range(len(totals[0])):
                 found = [x for row in here for x in v.load_parts(form, builder.add(row, offset), strip, count)]
                 if form.parts == 1:
                     found = v.interleave(found)
-                for h in range(heads):
+                for h in range(len(own)):
                     for i, column in enumerate(which):
                         for digit in range(digits):
                             total = totals[h][strip][i][digit % sums]
@@ -686,18 +686,18 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                             builder.store(product, total)
 
         def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
-            halves = [
-                products(first, width, count, range(begin, begin + at_once))
-                for begin in range(0, form.per_lane, at_once)
-            ]
-            for h in range(heads):
-                line = builder.add(
-                    out, builder.mul(builder.add(builder.mul(columns, ir.Constant(I64, h)), first), ir.Constant(I64, 4))
-                )
-                for strip in range(width):
-                    parts = [part for half in halves for part in half[h][strip]]
-                    at = v.address(line, strip * form.per_lane, size)
-                    fold(v, form, parts, v.address(fades, h, 4), v.address(shares, h, 4), at)
+            for own in turns:
+                halves = [
+                    products(own, first, width, count, range(begin, begin + at_once))
+                    for begin in range(0, form.per_lane, at_once)
+                ]
+                for i, h in enumerate(own):
+                    line = builder.add(builder.mul(columns, ir.Constant(I64, h)), first)
+                    line = builder.add(out, builder.mul(line, ir.Constant(I64, 4)))
+                    for strip in range(width):
+                        parts = [part for half in halves for part in half[i][strip]]
+                        at = v.address(line, strip * form.per_lane, size)
+                        fold(v, form, parts, v.address(fades, h, 4), v.address(shares, h, 4), at)
 
         walk(v, form, head_dim, wide, step)
         fetcher.keep()
