@@ -170,6 +170,18 @@ def test_processors_that_offer_less(lesser: dict, case: Case, monkeypatch: pytes
     assert_close(out, lse, args, kwargs)
 
 
+@pytest.mark.parametrize("lanes", [4, 8])
+@pytest.mark.parametrize("int8,dtype", [(False, "float32"), (False, "bfloat16"), (False, "float16"), (True, "float32")])
+def test_where_registers_are_few_eight_heads_take_turns(
+    int8: bool, dtype: str, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = without(this_machine(), **NO_DOTS, lanes=lanes, registers=16)
+    monkeypatch.setattr(launch, "this_machine", lambda: machine)
+    case = Case(heads=30, kv_heads=2, head_dim=68, capacity=150, lengths=(150, 83), int8=int8, dtype=dtype)
+    (out, lse), args, kwargs = call_numba(case)
+    assert_close(out, lse, args, kwargs)
+
+
 LARGE = Case(int8=True, dtype="bfloat16", heads=9, kv_heads=1, head_dim=510, capacity=70, lengths=(70, 33))
 
 
