@@ -18,7 +18,10 @@ import hashlib
 import importlib.metadata
 import pathlib
 import platform
+import re
 from collections.abc import Iterator
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -28,7 +31,7 @@ from jax_ifa.masking import MASK_VALUE
 ENTRY = "jax_ifa_handle"  # the C functions that are made of a source's `handle` and `take_ranges`
 TASK = "jax_ifa_take_ranges"
 SOURCES = ("schedule", "rows")
-_FOLDER = pathlib.Path(__file__).parent
+MAKER = "numba 0.62.1 python 3.11 x86_64"
 # What all platforms that this is for have in common: the order of bytes, and the alignment of int64.
 _ANY_LAYOUT = "e-i64:64-n32:64-S128"
 
@@ -37,14 +40,16 @@ _ANY_LAYOUT = "e-i64:64-n32:64-S128"
 def digest_of_sources() -> str:
     """Of all that Numba's functions are made of, and what they are linked with."""
     digest = hashlib.sha256(repr(MASK_VALUE).encode())
-    for source in sorted(_FOLDER.glob("*.py")):
-        digest.update(source.read_bytes())
+    # Resources, since the package may lie in an archive; and some have no sources but what Python makes of them.
+    files = {file.name: file for file in resources.files("numba_kernels").iterdir()}
+    for name in sorted(name for name in files if name.endswith((".py", ".pyc"))):
+        digest.update(files[name].read_bytes())
     return digest.hexdigest()
 
 
-def path_of(source: str) -> pathlib.Path:
+def file_of(source: str) -> Traversable:
     """The file that comes with the package."""
-    return _FOLDER / f"{source}.bc"
+    return resources.files("numba_kernels") / f"{source}.bc"
 
 
 def module_of(source: str) -> Any:
@@ -59,26 +64,30 @@ def module_of(source: str) -> Any:
 def kept(source: str) -> bytes | None:
     """The bitcode that comes with the package, if it is whole, of these sources, and of no newer LLVM than is here."""
     try:
-        first, code = path_of(source).read_bytes().split(b"\n", 1)
+        first, code = file_of(source).read_bytes().split(b"\n", 1)
         digest, checksum, version, *_ = first.decode().split()
+        known = int(version) <= llvm.llvm_version_info[0]
     except (OSError, ValueError):
         return None
     # An older LLVM may take what it does not know for something else, and says nothing.
-    fits = digest == digest_of_sources() and version.isdecimal() and int(version) <= llvm.llvm_version_info[0]
-    return code if fits and checksum == hashlib.sha256(code).hexdigest() else None
+    fits = known and digest == digest_of_sources() and checksum == hashlib.sha256(code).hexdigest()
+    return code if fits else None
 
 
-def write() -> None:
+def write(folder: pathlib.Path) -> None:
     """Write the files that come with the package. Their first line: two digests, LLVM's version; Numba's, Python's."""
-    python = ".".join(platform.python_version_tuple()[:2])
-    made_by = f"numba {importlib.metadata.version('numba')} python {python}"
     for source in SOURCES:
         code = typed(source)
         checksum = hashlib.sha256(code).hexdigest()
-        first = f"{digest_of_sources()} {checksum} {llvm.llvm_version_info[0]} LLVM {made_by}\n"
-        new = path_of(source).with_suffix(".new")
+        first = f"{digest_of_sources()} {checksum} {llvm.llvm_version_info[0]} LLVM {_maker()}\n"
+        new = folder / f"{source}.new"
         new.write_bytes(first.encode() + code)
-        new.replace(path_of(source))
+        new.replace(folder / f"{source}.bc")
+
+
+def _maker() -> str:
+    python = ".".join(platform.python_version_tuple()[:2])
+    return f"numba {importlib.metadata.version('numba')} python {python} {platform.machine()}"
 
 
 @functools.cache
@@ -160,7 +169,13 @@ def _only_typed() -> Iterator[None]:
 
 
 def _for_any_platform(text: str) -> str:
-    """IR without what says which platform it is for."""
+    """IR without what says which platform it is for, or differs from one process to the next: addresses in names."""
+    numbers: dict[str, int] = {}
+
+    def renamed(found: re.Match[str]) -> str:
+        return found[1] + str(numbers.setdefault(found[2], len(numbers)))
+
+    text = re.sub(r"(\.const\.pickle[a-z]+\.)(\d+)(?![0-9a-z])", renamed, text)
     return "\n".join(line for line in text.splitlines() if not line.startswith(("target triple", "target datalayout")))
 
 
@@ -187,4 +202,6 @@ def _never_called() -> None:
 
 
 if __name__ == "__main__":
-    write()
+    if _maker() != MAKER:
+        raise SystemExit(f"expected {MAKER}, so that everyone writes the same, got {_maker()}")
+    write(pathlib.Path(__file__).parent)

@@ -8,7 +8,7 @@ from typing import Any
 from numba import types
 
 NAMES: list[str] = []
-"""Of all of them."""
+"""The names of all functions that `linked` made."""
 
 
 def linked(name: str, arguments: int = 0) -> Any:

@@ -26,7 +26,7 @@ from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 from numba_kernels.vectors import EXP_TERMS, EXP_TERMS_OF_16_BITS, F32, I16, I32, I64, LINE, Vectors
 
-HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for, as far as registers allow; halves in turn
+HEADS = (8, 4, 2, 1)  # the numbers of query heads that steps are made for: each half of the one before
 SERIES = 8  # numbers of `series` in a line of memory
 # By the number of digits: one of 16 bits, or two bytes with a highest of 127, whose products with 512 keys of -128, the
 # largest D, have room in int32; or three bytes. Of three, what is left of a float32 query is below its own last place.
@@ -637,7 +637,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // most) // form.per_lane)  # readings of a row
     at_once = 2 if form.integer else form.per_lane  # of the vectors that these become: more would not fit
     column_bytes = machine.lanes * form.pack * form.itemsize  # that are read for one of these vectors
-    # Lanes of weights: in every turn of two, two lines are read for one that is fetched.
+    # Lanes of weights. Each of n turns reads n lines for one that it fetches: all of them read the same.
     together = max(1, len(turns) * LINE // (at_once * wide * column_bytes))
 
     def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:

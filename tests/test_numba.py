@@ -170,14 +170,29 @@ def test_processors_that_offer_less(lesser: dict, case: Case, monkeypatch: pytes
     assert_close(out, lse, args, kwargs)
 
 
-@pytest.mark.parametrize("lanes", [4, 8])
+FEW_REGISTERS = [NO_DOTS | dict(lanes=lanes, registers=16) for lanes in (4, 8)]
+
+
+@pytest.mark.parametrize("lesser", FEW_REGISTERS, ids=["4 lanes", "8 lanes"])
 @pytest.mark.parametrize("int8,dtype", [(False, "float32"), (False, "bfloat16"), (False, "float16"), (True, "float32")])
 def test_where_registers_are_few_eight_heads_take_turns(
-    int8: bool, dtype: str, lanes: int, monkeypatch: pytest.MonkeyPatch
+    int8: bool, dtype: str, lesser: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = without(this_machine(), **NO_DOTS, lanes=lanes, registers=16)
-    monkeypatch.setattr(launch, "this_machine", lambda: machine)
+    monkeypatch.setattr(launch, "this_machine", lambda: without(this_machine(), **lesser))
     case = Case(heads=30, kv_heads=2, head_dim=68, capacity=150, lengths=(150, 83), int8=int8, dtype=dtype)
+    (out, lse), args, kwargs = call_numba(case)
+    assert_close(out, lse, args, kwargs)
+
+
+@pytest.mark.skipif(this_machine().lanes < 16 or not this_machine().int8_dot, reason="no products of bytes of AVX-512")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_bytes_with_few_registers(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of AVX-VNNI: eight heads take the values in four turns, and four in two."""
+    machine = without(
+        this_machine(), lanes=8, registers=16, bfloat16_dot=None, int8_dot="llvm.x86.avx512.vpdpbusd.256", amx=False
+    )
+    monkeypatch.setattr(launch, "this_machine", lambda: machine)
+    case = Case(int8=True, dtype=dtype, heads=30, kv_heads=2, head_dim=68, capacity=150, lengths=(150, 37))
     (out, lse), args, kwargs = call_numba(case)
     assert_close(out, lse, args, kwargs)
 
