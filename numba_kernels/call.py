@@ -164,9 +164,21 @@ def bias_at(call, b, head, t):  # type: ignore[no-untyped-def]
 
 
 @native
+def columns_of(call):  # type: ignore[no-untyped-def]
+    """D, rounded up to whole strips."""
+    return up(call.head_dim, linked.strip())
+
+
+@native
+def group_lanes(call):  # type: ignore[no-untyped-def]
+    """G, rounded up to whole vectors."""
+    return up(call.group, linked.lanes())
+
+
+@native
 def head_state(call):  # type: ignore[no-untyped-def]
     """Bytes of a kv head's state: outputs (G, D in strips), largest scores and sums of weights (2, G in vectors)."""
-    return 4 * (call.group * up(call.head_dim, linked.strip()) + 2 * up(call.group, linked.lanes()))
+    return 4 * (call.group * columns_of(call) + 2 * group_lanes(call))
 
 
 class Scratch(NamedTuple):
@@ -196,13 +208,13 @@ SCRATCH_BYTES = WORD * len(Scratch._fields)
 def query_size(call):  # type: ignore[no-untyped-def]
     """Bytes of the query heads of one kv head."""
     parts = (call.group + linked.query_heads() - 1) // linked.query_heads()
-    return 4 * linked.query_lanes() * parts * (up(call.head_dim, linked.strip()) // linked.pack())
+    return 4 * linked.query_lanes() * parts * (columns_of(call) // linked.pack())
 
 
 @native
 def _scratch_parts(call, base):  # type: ignore[no-untyped-def]
     """The fields of a `Scratch` that begins there: the record first, then every part on a cache line of its own."""
-    length = up(call.head_dim, linked.strip()) // linked.pack()
+    length = columns_of(call) // linked.pack()
     heads = call.unit_heads * call.group
     more = MATRIX_COLUMNS if linked.amx() != 0 else 0
     plain = up(base + SCRATCH_BYTES, LINE)
@@ -212,7 +224,7 @@ def _scratch_parts(call, base):  # type: ignore[no-untyped-def]
     scores = up(weight + 4 * heads, LINE)
     weights = up(scores + 4 * (call.group + more) * linked.tile(), LINE)
     factors = up(weights + 4 * (call.group * linked.weight_rows() + more) * linked.weight_lanes(), LINE)
-    state = up(factors + 16 * up(call.group, linked.lanes()), LINE)
+    state = up(factors + 16 * group_lanes(call), LINE)
     place = up(state + call.unit_heads * head_state(call), LINE)
     rows = up(place + PLACE_BYTES, LINE)
     pieces = up(rows + WORD * 2 * (2 * linked.tile() + SERIES), LINE)

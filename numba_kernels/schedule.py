@@ -13,6 +13,8 @@ from numba_kernels.call import (
     CALL_BYTES,
     LEAST_JOINED,
     call_at,
+    columns_of,
+    group_lanes,
     head_state,
     join_heads,
     lay_out,
@@ -50,7 +52,7 @@ def state_size(call):  # type: ignore[no-untyped-def]
 @native
 def parts_of(call, state, i):  # type: ignore[no-untyped-def]
     """Where the state of a unit has what belongs to its query head i: output, largest score, sum of weights."""
-    columns, padded = up(call.head_dim, linked.strip()), up(call.group, linked.lanes())
+    columns, padded = columns_of(call), group_lanes(call)
     head = state + head_state(call) * (i // call.group)
     top = head + 4 * (call.group * columns + i % call.group)
     return head + 4 * columns * (i % call.group), top, top + 4 * padded
@@ -70,7 +72,7 @@ def finish(call, b, first_head, state):  # type: ignore[no-untyped-def]
 @native
 def merge(call, state, part):  # type: ignore[no-untyped-def]
     """Fold a partial state into another."""
-    columns, padded = up(call.head_dim, linked.strip()), up(call.group, linked.lanes())
+    columns, padded = columns_of(call), group_lanes(call)
     for i in range(call.unit_heads * call.group):
         a, top, _ = parts_of(call, state, i)
         b, part_top, _ = parts_of(call, part, i)

@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
 from numba_kernels import linked
-from numba_kernels.call import bias_at, head_state, joined, query_size, window
+from numba_kernels.call import bias_at, columns_of, group_lanes, head_state, joined, query_size, window
 from numba_kernels.fetching import Place
 from numba_kernels.frame import WORD
 from numba_kernels.native import (
@@ -63,13 +63,11 @@ def set_rows(call, pages, num_pages, table, b, head, first, count, zeros, rows):
 @native
 def arrange_parts(call, s, h, g):  # type: ignore[no-untyped-def]
     """Put query head g of the unit's kv head h from its plain rows to where `scores` wants it."""
-    length = up(call.head_dim, linked.strip()) // linked.pack()
-    first, heads = 0, HEADS[0]
-    while g >= first + (call.group - first) // heads * heads:
-        first += (call.group - first) // heads * heads
+    length = columns_of(call) // linked.pack()
+    heads = HEADS[0]
+    while g >= call.group // heads * heads:  # it is in none of the parts of so many heads
         heads //= 2
-    first += (g - first) // heads * heads
-    piece = linked.piece(heads)
+    first, piece = g // heads * heads, linked.piece(heads)
     to = s.query + query_size(call) * h + 4 * length * linked.query_digits() * first + 4 * piece * (g - first)
     for i in range(length // piece):
         for digit in range(linked.query_digits()):
@@ -81,7 +79,7 @@ def arrange_parts(call, s, h, g):  # type: ignore[no-untyped-def]
 @native
 def arrange_columns(call, s, h, g):  # type: ignore[no-untyped-def]
     """The same for the matrices of amx.py, of which every digit of a head is a column."""
-    length = up(call.head_dim, linked.strip()) // linked.pack()
+    length = columns_of(call) // linked.pack()
     heads, columns = linked.query_heads(), linked.query_lanes()
     to = s.query + query_size(call) * h + 4 * columns * length * (g // heads) + 4 * (g % heads)
     for digit in range(linked.query_digits()):
@@ -100,7 +98,7 @@ def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
             arrange_columns(call, s, i // call.group, i % call.group)
         else:
             arrange_parts(call, s, i // call.group, i % call.group)
-    columns = up(call.head_dim, linked.strip())
+    columns = columns_of(call)
     size = head_state(call)
     linked.series(s.state, 0, 0, call.unit_heads * size // WORD)
     for h in range(call.unit_heads):
@@ -185,7 +183,7 @@ def advance(call, s, rows, b, first_head, h, offset, first, count):  # type: ign
     Its elements are `offset` bytes behind `rows`, which are those of the first head.
     """
     values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
-    columns, padded = up(head_dim, linked.strip()), up(group, linked.lanes())
+    columns, padded = columns_of(call), group_lanes(call)
     if offset > 0 and count < call.tile:  # what fills the tile is the same for all heads
         for i in range(count, call.tile):
             store_int64(rows + WORD * i, s.zeros - offset)
