@@ -9,8 +9,14 @@ import functools
 import platform
 import sys
 
+_ARM = ("aarch64", "arm64")
 # Linux lets a process use the registers of AMX once it has asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 _ARCH_PRCTL, _REQUEST, _TILES = 158, 0x1023, 18
+# Arm's narrow products by the names of LLVM, which does not look for them. Linux has bits for them, of
+# getauxval(AT_HWCAP2), and macOS names.
+_AT_HWCAP2 = 26
+_LINUX_BITS = {"bf16": 1 << 14, "i8mm": 1 << 13}
+_MACOS_NAMES = {"bf16": b"hw.optional.arm.FEAT_BF16", "i8mm": b"hw.optional.arm.FEAT_I8MM"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,9 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
     def has(*names: str) -> bool:
         return all(features.get(name, False) for name in names)
 
+    if architecture in _ARM:
+        # Vectors have 128 bits here, for which SVE gains nothing; and without it there is one kind of code to test.
+        features = {name: on and not name.startswith("sve") for name, on in features.items()} | {"sve": False}
     flags = ",".join(("+" if on else "-") + name for name, on in sorted(features.items()))
     bfloat16_dot = int8_dot = None
     if architecture in ("x86_64", "AMD64"):
@@ -57,7 +66,7 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
             if has("avxvnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.256"
             return Machine(cpu, flags, 8, 16, None, int8_dot, "llvm.x86.avx2.pmadd.wd")
-    elif architecture in ("aarch64", "arm64"):
+    elif architecture in _ARM:
         if has("bf16"):
             bfloat16_dot = "llvm.aarch64.neon.bfdot.v4f32.v8bf16"
         if has("i8mm"):
@@ -71,8 +80,31 @@ def this_machine() -> Machine:
     """The processor that this process runs on, as far as the system lets it be used."""
     import llvmlite.binding as llvm
 
-    machine = describe(llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()), platform.machine())
+    architecture, features = platform.machine(), dict(llvm.get_host_cpu_features())
+    if architecture in _ARM:
+        features |= _narrow_products_of_arm()
+    machine = describe(llvm.get_host_cpu_name(), features, architecture)
     return dataclasses.replace(machine, amx=machine.amx and _permits_amx())
+
+
+def _narrow_products_of_arm() -> dict[str, bool]:
+    """Which of them the system says that this processor has, by LLVM's names; empty if it cannot be asked."""
+    system = ctypes.CDLL(None)
+    if sys.platform.startswith("linux"):
+        system.getauxval.restype = ctypes.c_ulong
+        bits = system.getauxval(ctypes.c_ulong(_AT_HWCAP2))
+        return {name: bits & bit != 0 for name, bit in _LINUX_BITS.items()}
+    if sys.platform == "darwin":
+        return {name: _sysctl(system, asked) == 1 for name, asked in _MACOS_NAMES.items()}
+    return {}
+
+
+def _sysctl(system: ctypes.CDLL, name: bytes) -> int | None:
+    """A number that macOS knows by name; None if it does not."""
+    value = ctypes.c_int(0)
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    failed = system.sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
+    return None if failed else value.value
 
 
 def _permits_amx() -> bool:

@@ -1,0 +1,198 @@
+"""The CPU kernels' code for 64-bit Arm, executed by an emulator that lets nothing be read that is not theirs."""
+
+import ctypes
+import types
+from typing import Any
+
+import jax
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from arm64 import Emulated
+from cases import TOLERANCE, Case, assert_close, call_numba, run_reference
+from test_row_product import LAYOUTS, MANY, assert_exact, in_blocks, inputs
+
+from jax_ifa import incre_flash_attention
+from numba_kernels import build
+from numba_kernels import machine as machine_module
+from numba_kernels.formats import format_of
+from numba_kernels.machine import Machine, describe
+from numba_kernels.product import RowProduct, row_product
+
+# As LLVM and the systems describe them: Linux on a Raspberry Pi 4 and on Neoverse V2, whose SVE is not used; macOS.
+_LINUX = ("neon", "fp-armv8", "crc")
+MACHINES = {
+    "cortex-a72": describe("cortex-a72", dict.fromkeys(_LINUX, True), "aarch64"),
+    "apple-m1": describe("apple-m1", {"bf16": False, "i8mm": False}, "arm64"),
+    "neoverse-v2": describe(
+        "neoverse-v2", dict.fromkeys((*_LINUX, "lse", "sve", "sve2", "sve-aes", "bf16", "i8mm"), True), "aarch64"
+    ),
+}
+NARROW_PRODUCTS = {"bfloat16": {"bfdot"}, "int8": {"usdot", "sudot"}}
+
+FEW = [
+    Case(dtype="bfloat16", batch=3, capacity=150, head_dim=48, mask="4d", bias="batch"),
+    Case(int8=True, block=32, capacity=200, heads=6, offset=True, head_dim=36),
+    Case(dtype="float16", layout="BSND", capacity=100, head_dim=72, padding=3),
+    Case(heads=7, kv_heads=1, capacity=130, head_dim=24, lengths="zero", mask="3d:uint8:full"),
+]
+MORE = [
+    *[
+        Case(dtype=dtype, int8=int8, heads=15, kv_heads=1, head_dim=head_dim, capacity=90, block=32 if int8 else 16)
+        for dtype, int8, head_dim in [
+            ("float32", False, 7),
+            ("float16", False, 70),
+            ("bfloat16", False, 130),
+            ("float32", True, 68),
+        ]
+    ],
+    Case(dtype="bfloat16", heads=16, kv_heads=2, head_dim=40, capacity=90, inner_precise=0),
+    Case(heads=8, kv_heads=4, head_dim=64, capacity=500, lengths=(500, 77), block=16),  # in ranges of many threads
+    Case(dtype="bfloat16", heads=8, kv_heads=2, head_dim=64, capacity=900, lengths=(900, 1), layout="BSND"),
+    Case(int8=True, heads=3, kv_heads=3, capacity=333, lengths="zero", layout="BSH", antiquant="flat", offset=True),
+    Case(quant="channel_offset", dtype="bfloat16", mask="2d:int8", bias="shared"),
+]
+# Where 16 bits are kept of the result, and nothing shows more.
+FEWER_DIGITS = [
+    Case(int8=True, dtype="bfloat16", heads=15, kv_heads=1, capacity=150, offset=True, mask="4d", bias="batch"),
+    Case(int8=True, dtype="float16", layout="BSND", block=32, head_dim=72, heads=6, antiquant="flat", offset=True),
+    Case(dtype="bfloat16", heads=16, kv_heads=2, capacity=300, mask="2d:full", lengths=None),
+]
+
+
+class TestMachine:
+    """Which of Arm's narrow products there are, LLVM does not know; the systems are asked."""
+
+    @staticmethod
+    def found(platform: str, features: dict[str, bool], monkeypatch: pytest.MonkeyPatch, **functions: Any) -> Machine:
+        """The processor as it would be found on an Arm machine with these functions of C."""
+        monkeypatch.setattr(machine_module.sys, "platform", platform)
+        monkeypatch.setattr(machine_module.platform, "machine", lambda: "arm64" if platform == "darwin" else "aarch64")
+        monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: types.SimpleNamespace(**functions))
+        monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+        return machine_module.this_machine.__wrapped__()
+
+    @staticmethod
+    def assert_found(machine: Machine, bf16: bool, i8mm: bool) -> None:
+        assert (machine.lanes, machine.registers) == (4, 32)
+        assert machine.bfloat16_dot == ("llvm.aarch64.neon.bfdot.v4f32.v8bf16" if bf16 else None)
+        assert machine.int8_dot == ("llvm.aarch64.neon.usdot.v4i32.v16i8" if i8mm else None)
+        assert {"+bf16" if bf16 else "-bf16", "+i8mm" if i8mm else "-i8mm"} < set(machine.features.split(","))
+
+    @pytest.mark.parametrize("bf16", [False, True])
+    @pytest.mark.parametrize("i8mm", [False, True])
+    def test_linux(self, bf16: bool, i8mm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        bits = bf16 << 14 | i8mm << 13 | 1 << 12 | 1 << 9  # and SVE's own such products, which are others
+        getauxval = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)(lambda kind: bits if kind == 26 else 0)
+        machine = self.found("linux", {"neon": True, "sve": True, "sve2": True}, monkeypatch, getauxval=getauxval)
+        self.assert_found(machine, bf16, i8mm)
+        assert {"+neon", "-sve", "-sve2"} < set(machine.features.split(","))
+
+    @pytest.mark.parametrize(("bf16", "i8mm"), [(0, 0), (1, 1), (1, None), (None, None)])
+    def test_macos(self, bf16: int | None, i8mm: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        numbers = {b"hw.optional.arm.FEAT_BF16": bf16, b"hw.optional.arm.FEAT_I8MM": i8mm}
+
+        @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.c_size_t)
+        def sysctlbyname(name: bytes, to: int, size: int, new: int | None, new_size: int) -> int:
+            assert (ctypes.c_size_t.from_address(size).value, new, new_size) == (4, None, 0)
+            if numbers[name] is None:  # an older system
+                return -1
+            ctypes.c_int.from_address(to).value = numbers[name]
+            return 0
+
+        machine = self.found("darwin", {}, monkeypatch, sysctlbyname=sysctlbyname)
+        self.assert_found(machine, bf16 == 1, i8mm == 1)
+
+    def test_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine = self.found("freebsd14", {"bf16": True}, monkeypatch)
+        assert (machine.bfloat16_dot is not None, machine.int8_dot) == (True, None)
+
+
+def emulated(name: str, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    return Emulated(MACHINES[name], monkeypatch)
+
+
+def assert_executed(calls: Emulated, name: str, case: Case) -> None:
+    """On the processor that is meant, with the products that it has."""
+    assert calls.calls == 1
+    narrow = NARROW_PRODUCTS.get("int8" if case.int8 else case.dtype, set()) if case.inner_precise else set()
+    assert calls.instructions.keys() & {"bfdot", "usdot", "sudot"} <= narrow
+    assert bool(calls.instructions) == bool(narrow and name == "neoverse-v2")
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param(name, case, id=f"{name}-{case}") for name in MACHINES for case in FEW]
+    + [pytest.param(name, case, id=f"{name}-{case}") for name in ("apple-m1", "neoverse-v2") for case in MORE],
+)
+def test_against_oracle(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = emulated(name, monkeypatch)
+    (out, lse), args, kwargs = call_numba(case)
+    assert_close(out, lse, args, kwargs)
+    assert_executed(calls, name, case)
+
+
+@pytest.mark.parametrize("case", FEWER_DIGITS, ids=str)
+@pytest.mark.parametrize("name", ["apple-m1", "neoverse-v2"])
+def test_where_16_bits_are_kept_of_the_result(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = emulated(name, monkeypatch)
+    args, kwargs = case.inputs()
+    out = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*args)
+    expected, _ = run_reference(args, kwargs)
+    tolerance = TOLERANCE[case.dtype] * max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0, atol=tolerance)
+    assert_executed(calls, name, case)
+
+
+@pytest.mark.parametrize("group", [2, 8])
+@pytest.mark.parametrize("int8,dtype", [(True, "bfloat16"), (False, "bfloat16"), (False, "float32")])
+def test_odd_lengths(int8: bool, dtype: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = emulated("neoverse-v2", monkeypatch)
+    case = Case(batch=36, heads=group, kv_heads=1, head_dim=20, capacity=72, int8=int8, dtype=dtype, lengths=None)
+    args, kwargs = case.inputs()
+    kwargs["actual_seq_lengths"] = np.arange(1, 72, 2, dtype=np.int32)
+    out = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*args)
+    expected, _ = run_reference(args, kwargs)
+    largest = np.maximum(1, np.abs(expected).max(axis=-1, keepdims=True))
+    np.testing.assert_allclose(np.asarray(out, np.float64) / largest, expected / largest, rtol=0, atol=TOLERANCE[dtype])
+    assert_executed(calls, "neoverse-v2", case)
+
+
+def test_what_nobody_sees_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN behind the lengths, and ids of pages that there are not, which the emulator would not forgive."""
+    calls = emulated("apple-m1", monkeypatch)
+    case = Case(block=16, capacity=64, lengths=(21, 40), heads=8, head_dim=24)
+    (query, *caches), kwargs = case.inputs()
+    run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))
+    kwargs["block_table"][:, 3] = 2**30
+    hidden = np.ones((len(caches[0]), case.block), bool)
+    for length, table in zip(case.lengths, kwargs["block_table"], strict=True):
+        for t in range(length):
+            hidden[table[t // case.block], t % case.block] = False
+    soiled = [np.where(hidden[:, None, :, None], np.float32(np.nan), cache) for cache in caches]
+    np.testing.assert_array_equal(run(query, *caches), run(query, *soiled))
+    assert calls.calls == 2
+
+
+@pytest.mark.parametrize("name", ["cortex-a72", "neoverse-v2"])
+def test_row_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = emulated(name, monkeypatch)
+    for rows, outputs, size in [((1,), 1, 1), ((3,), 7, 5), ((), 33, 129), ((2, 5), 200, 577)]:
+        x, matrix = inputs(rows, outputs, size)
+        assert_exact(jax.jit(lambda x, matrix: row_product(x, matrix))(x, matrix), x, matrix)
+    for kind in LAYOUTS:
+        for rows, outputs, size in [((), 33, 544), ((2,), 9, 32), ((MANY,), 300, 96)]:
+            blocks, weights = in_blocks(outputs, size, kind)
+            x, _ = inputs(rows, outputs, size)
+            assert_exact(jax.jit(lambda x, blocks: row_product(x, blocks))(x, blocks), x, weights)
+    assert calls.calls == 4 + 3 * len(LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("apple-m1", "float16"), ("neoverse-v2", "int8"), ("apple-m1", "product")]
+)
+def test_compiles_for_macos(name: str, kernel: str) -> None:
+    machine = MACHINES[name]
+    form = RowProduct(None) if kernel == "product" else format_of(kernel, False, machine)
+    code = build.compile_object(form, machine, "arm64-apple-darwin")
+    assert code[:4] == b"\xcf\xfa\xed\xfe"  # Mach-O, 64 bits
