@@ -73,6 +73,8 @@ def arrange_parts(call, s, h, g):  # type: ignore[no-untyped-def]
         for digit in range(linked.query_digits()):
             for j in range(piece // 2):
                 store_int64(to + 8 * j, word(s.plain + 4 * (length * digit + piece * i), j))
+            if piece == 1:
+                store_int32(to, load_int32(s.plain + 4 * (length * digit + i)))
             to += 4 * piece * heads
 
 

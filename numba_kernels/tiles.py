@@ -176,11 +176,21 @@ def _beside(form: Format, machine: Machine, heads: int) -> int:
 
     Sums of fewer lanes are sooner put together; but a key is read in pieces of so many lanes, R times into a vector,
     and every reading is to serve two products at least. What is converted is copied for that, which eight heads pay
-    where vectors are long.
+    where vectors are long. Where they have four lanes, a key is read once: see `_by_lane`; but of pairs of bfloat16
+    LLVM copies a lane before it multiplies, and that is to serve two products too.
     """
+    if _by_lane(machine):
+        return (
+            machine.lanes if heads >= machine.lanes * (2 if form.dtype == "bfloat16" and form.pack == 2 else 1) else 1
+        )
     if (form.converted and (heads < 8 or machine.lanes == 8)) or form.words:
         return 1
     return _power_of_two(min(heads, machine.lanes // 4, heads * form.query_digits // 2))
+
+
+def _by_lane(machine: Machine) -> bool:
+    """Whether vectors meet single lanes of others, which are read as a whole: Arm's products can, for nothing."""
+    return machine.lanes == 4
 
 
 def _power_of_two(most: int) -> int:
@@ -215,11 +225,13 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     """
     beside, digits = _beside(form, machine, heads), form.query_digits
     piece, vectors = machine.lanes // beside, heads * digits // beside
-    positions = _power_of_two(machine.registers * 3 // 4 // vectors)  # the sums of these leave room for what is read
+    by_lane = beside > 1 and _by_lane(machine)
+    copied = beside > 1 and not by_lane  # where keys are converted, or end in the middle of a vector
+    # The sums of these leave room for what is read: with lanes of keys, a vector of each.
+    positions = min(_power_of_two(machine.registers * 3 // 4 // vectors), 8 if by_lane else machine.registers)
     # A line of memory at a time; but of copies only so many as the next ones can be made beside.
-    wide = (
-        1 if form.converted and beside > 1 else max(1, LINE // (form.strip(machine.lanes) * form.itemsize * form.parts))
-    )
+    line = max(1, LINE // (form.strip(machine.lanes) * form.itemsize * form.parts))
+    wide = 1 if form.converted and copied else line
 
     def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, count, head_dim = rest
@@ -228,53 +240,25 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
         totals = [[v.variable(kind) for _ in range(positions)] for _ in range(vectors)]
         starts = _first_sums(v, initial, heads, digits, beside) if form.pack == 4 else [v.constant(kind, 0)] * vectors
         factors = v.load(weights, ir.VectorType(F32, heads))
-        copies = [v.room(4 * v.lanes * form.parts) for _ in range(positions)] if beside > 1 else []
+        copies = [v.room(4 * v.lanes * form.parts) for _ in range(positions)] if copied else []
         fetcher = Fetcher(v, *fetching)
 
-        with v.loop(blocks) as block:
-            first_position = builder.mul(block, ir.Constant(I64, positions))
-            here = [v.load(v.address(v.address(rows, first_position, 8), p, 8), I64) for p in range(positions)]
-            for start, sums in zip(starts, totals, strict=True):
-                for total in sums:
-                    builder.store(start, total)
+        def together(sums: list[list[ir.Value]]) -> ir.Value:
+            """Scores without their weight, of sums of every digit, the highest first, in `piece` lanes each."""
+            if form.integer and digits == 2:  # as int32, which has room for LARGEST_QUERY and 512 keys of -128
+                sums = [[builder.add(v.shift(high, 8), low) for high, low in zip(*sums, strict=True)]]
+            return digits_together(v, form, [v.sums(x, piece) for x in sums])
 
-            def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
-                offset = v.address(head, first, form.itemsize)
-                fetcher.share(max(1, positions * width * form.itemsize * form.strip(v.lanes) // LINE))
-                at = v.address(query, first, 4 // form.pack * heads * digits)
-                for i in range(width):
-                    keys = [builder.add(row, offset) for row in here]
-                    # What is read in pieces is a copy where it must be converted, or ends in the middle of a vector.
-                    pieces = [v.address(key, i, 4 * v.lanes) for key in keys]
-                    if beside > 1 and (form.converted or count is not None):
-                        for key, copy in zip(keys, copies, strict=True):
-                            for j, part in enumerate(v.load_parts(form, key, i, count)):
-                                v.store(part, v.address(copy, j, 4 * v.lanes))
-                        pieces = copies
-                    for j in range(form.parts * beside):
-                        place = v.address(at, (i * form.parts * beside + j) * vectors, 4 * v.lanes)
-                        queries = [v.load(v.address(place, k, 4 * v.lanes), v.ints) for k in range(vectors)]
-                        for p, (key, at_piece) in enumerate(zip(keys, pieces, strict=True)):
-                            if beside == 1:
-                                read = v.load_parts(form, key, i, count)[j]
-                            else:
-                                part = v.load(v.address(at_piece, j, 4 * piece), ir.VectorType(I32, piece))
-                                read = v.shuffle(part, part, [*range(piece)] * beside)
-                            if form.pack == 4:
-                                read = builder.xor(read, v.constant(v.ints, 0x80808080 - 2**32))
-                            for k, q in enumerate(queries):
-                                total = totals[k][p]
-                                builder.store(v.dot(builder.load(total), q, read, form, "b"), total)
+        def sums_of(digit: int, totals: list[list[ir.Value]]) -> list[ir.Value]:
+            """Of the groups of heads that lie side by side, those of all positions in turn."""
+            each = heads // beside
+            return [x for k in range(each) for x in totals[digit * each + k]]
 
-            walk(v, form, head_dim, wide, step)
+        def put(totals: list[list[ir.Value]], first_position: ir.Value) -> None:
+            """The scores of a block of positions."""
             for begin in range(0, heads // beside * positions, piece):
-                found = []
-                for digit in range(digits):
-                    sums = [x for k in range(heads // beside) for x in totals[digit * heads // beside + k]]
-                    found.append([builder.load(x) for x in sums[begin : begin + piece]])
-                if form.integer and digits == 2:  # as int32, which has room for LARGEST_QUERY and 512 keys of -128
-                    found = [[builder.add(v.shift(high, 8), low) for high, low in zip(*found, strict=True)]]
-                score = digits_together(v, form, [v.sums(x, piece) for x in found])
+                sums = [sums_of(digit, totals)[begin : begin + piece] for digit in range(digits)]
+                score = together([[builder.load(x) for x in some] for some in sums])
                 each = score.type.count // beside  # of the sums begin, begin + 1 ... of a head at this place
                 places = [divmod(begin + i, positions) for i in range(each)]
                 which = [k * beside + h for h in range(beside) for k, _ in places]
@@ -285,6 +269,61 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                         k, p = places[i]
                         line = v.address(v.address(out, first_position, 4), (k * beside + h) * form.tile + p, 4)
                         v.store(v.shuffle(score, score, range(h * each + i, h * each + i + run)), line)
+
+        def put_lanes(totals: list[list[ir.Value]], first_position: ir.Value) -> None:
+            """The same where a sum has one lane: as many positions as there are lanes are turned around at a time."""
+            for begin in range(0, heads // beside * positions, v.lanes):
+                sums = [sums_of(digit, totals)[begin : begin + v.lanes] for digit in range(digits)]
+                k, p = divmod(begin, positions)
+                own = v.shuffle(factors, factors, range(k * beside, (k + 1) * beside))
+                scores = [
+                    builder.fmul(together([[builder.load(x)] for x in some]), own) for some in zip(*sums, strict=True)
+                ]
+                for h, score in enumerate(v.transpose_halves(scores)):
+                    v.store(score, v.address(v.address(out, first_position, 4), (k * beside + h) * form.tile + p, 4))
+
+        with v.loop(blocks) as block:
+            first_position = builder.mul(block, ir.Constant(I64, positions))
+            here = [v.load(v.address(v.address(rows, first_position, 8), p, 8), I64) for p in range(positions)]
+            for start, sums in zip(starts, totals, strict=True):
+                for total in sums:
+                    builder.store(start, total)
+
+            def raised(key: ir.Value) -> ir.Value:
+                return builder.xor(key, v.constant(v.ints, 0x80808080 - 2**32)) if form.pack == 4 else key
+
+            def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
+                offset = v.address(head, first, form.itemsize)
+                fetcher.share(max(1, positions * width * form.itemsize * form.strip(v.lanes) // LINE))
+                at = v.address(query, first, 4 // form.pack * heads * digits)
+                for i in range(width):
+                    keys = [builder.add(row, offset) for row in here]
+                    pieces = [v.address(key, i, 4 * v.lanes) for key in keys]
+                    if by_lane:
+                        whole = [[raised(part) for part in v.load_parts(form, key, i, count)] for key in keys]
+                    elif copied and (form.converted or count is not None):
+                        for key, copy in zip(keys, copies, strict=True):
+                            for j, part in enumerate(v.load_parts(form, key, i, count)):
+                                v.store(part, v.address(copy, j, 4 * v.lanes))
+                        pieces = copies
+                    for j in range(form.parts * beside):
+                        place = v.address(at, (i * form.parts * beside + j) * vectors, 4 * v.lanes)
+                        queries = [v.load(v.address(place, k, 4 * v.lanes), v.ints) for k in range(vectors)]
+                        for p, (key, at_piece) in enumerate(zip(keys, pieces, strict=True)):
+                            if by_lane:
+                                part = whole[p][j // v.lanes]
+                                read = v.one_lane(part, j % v.lanes, form)
+                            elif beside == 1:
+                                read = raised(v.load_parts(form, key, i, count)[j])
+                            else:
+                                part = v.load(v.address(at_piece, j, 4 * piece), ir.VectorType(I32, piece))
+                                read = raised(v.shuffle(part, part, [*range(piece)] * beside))
+                            for k, q in enumerate(queries):
+                                total = totals[k][p]
+                                builder.store(v.dot(builder.load(total), q, read, form, "b"), total)
+
+            walk(v, form, head_dim, wide, step)
+            (put_lanes if by_lane else put)(totals, first_position)
         fetcher.keep()
 
     return Tile(f"scores{heads}", 10, body)
@@ -639,6 +678,9 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     column_bytes = machine.lanes * form.pack * form.itemsize  # that are read for one of these vectors
     # Lanes of weights. Each of n turns reads n lines for one that it fetches: all of them read the same.
     together = max(1, len(turns) * LINE // (at_once * wide * column_bytes))
+    by_lane = _by_lane(machine)
+    if by_lane:  # whole vectors of them
+        together = max(together, machine.lanes)
 
     def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
         *fetching, positions, head_dim = rest
@@ -657,23 +699,41 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             with v.loop(groups) as group:
                 fetcher.share(max(1, together * len(which) * width * column_bytes // LINE // len(turns)))
                 first_lane = builder.mul(group, ir.Constant(I64, together))
-                for i in range(together):
-                    add_products(own, v.address(first_lane, i, 1), offset, count, which, totals)
+                factors = factors_by_lane(own, first_lane) if by_lane else [None] * together
+                for i, some in enumerate(factors):
+                    add_products(own, v.address(first_lane, i, 1), some, offset, count, which, totals)
             return [
                 [[digits_together(v, form, [builder.load(x) for x in column]) for column in strip] for strip in head]
                 for head in totals
             ]
 
+        def weights_at(own: range, lane: ir.Value, kind: ir.Type) -> list[list[ir.Value]]:
+            """[head][digit] what lies from a lane of weights on."""
+            lines = v.address(weights, lane, 4)
+            return [
+                [v.load(v.address(lines, (h * digits + i) * form.weight_lanes, 4), kind) for i in range(digits)]
+                for h in own
+            ]
+
+        def factors_by_lane(own: range, first: ir.Value) -> list[list[list[ir.Value]]]:
+            """[lane][head][digit] the weights of each of `together` lanes, in every lane of a vector."""
+            vectors = [weights_at(own, v.address(first, i, 1), v.ints) for i in range(0, together, v.lanes)]
+            return [
+                [[v.one_lane(x, i, form) for x in head] for head in some] for some in vectors for i in range(v.lanes)
+            ]
+
         def add_products(
-            own: range, lane: ir.Value, offset: ir.Value, count: ir.Value | None, which: range, totals: Any
+            own: range,
+            lane: ir.Value,
+            factors: list[list[ir.Value]] | None,
+            offset: ir.Value,
+            count: ir.Value | None,
+            which: range,
+            totals: Any,
         ) -> None:
             """Of the values whose weights are in one lane."""
             here = rows_of_lane(v, form, rows, lane)
-            lines = v.address(weights, lane, 4)
-            factors = [
-                [v.splat(v.load(v.address(lines, (h * digits + i) * form.weight_lanes, 4), I32)) for i in range(digits)]
-                for h in own
-            ]
+            factors = factors or [[v.splat(x) for x in head] for head in weights_at(own, lane, I32)]
             for strip in range(len(totals[0])):
                 found = [x for row in here for x in v.load_parts(form, builder.add(row, offset), strip, count)]
                 if form.parts == 1:
@@ -682,8 +742,10 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                     for i, column in enumerate(which):
                         for digit in range(digits):
                             total = totals[h][strip][i][digit % sums]
-                            product = v.dot(builder.load(total), factors[h][digit], found[column], form, "a")
-                            builder.store(product, total)
+                            a, b, unsigned = factors[h][digit], found[column], "a"
+                            if by_lane:
+                                a, b, unsigned = b, a, "b"
+                            builder.store(v.dot(builder.load(total), a, b, form, unsigned), total)
 
         def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
             for own in turns:

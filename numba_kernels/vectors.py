@@ -194,6 +194,14 @@ class Vectors:
         """Elements of a and b, counted through both."""
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(indices)), list(indices)))
 
+    def one_lane(self, vector: ir.Value, index: int, form: Format) -> ir.Value:
+        """A lane of a vector in all lanes, as `b` of `dot`.
+
+        Arm's products take it from the vector itself, if LLVM finds it in lanes of the type that these are summed in.
+        """
+        vector = vector if form.integer else self.as_floats(vector)
+        return self.shuffle(vector, vector, [index] * self.lanes)
+
     def interleave(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """1, 2 or 4 vectors of elements, as vectors whose lanes hold one element of each.
 

@@ -9,6 +9,7 @@ The emulator knows Arm's instructions up to 8.4. Of the later ones the kernels u
 which are done here, as Arm's manual (DDI 0487) defines them.
 """
 
+import bisect
 import collections
 import io
 import struct
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
-from unicorn import UC_ARCH_ARM64, UC_HOOK_CODE, UC_HOOK_INTR, UC_MODE_ARM, Uc
+from unicorn import UC_ARCH_ARM64, UC_HOOK_BLOCK, UC_HOOK_CODE, UC_HOOK_INTR, UC_MODE_ARM, Uc
 from unicorn import arm64_const as arm
 from unicorn.unicorn_const import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 
@@ -79,6 +80,8 @@ class Process:
         self.begun = 0
         self.pieces: dict[int, tuple[int, int]] = {}  # of memory that the code asked for: first page and bytes
         self.instructions: collections.Counter[str] = collections.Counter()  # those that are done here
+        self.executed: collections.Counter[str] = collections.Counter()  # all, by the function they are in
+        self.functions: list[tuple[int, str]] = []
         self.machine = Uc(UC_ARCH_ARM64, UC_MODE_ARM)
         self.machine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX)
         self.free = HEAP
@@ -106,15 +109,19 @@ class Process:
             if section["sh_flags"] & 2:  # SHF_ALLOC
                 bases[i] = at
                 at += -(-section["sh_size"] // PAGE) * PAGE + PAGE
-        symbols = []
+        symbols: list[int] = []
         for symbol in file.get_section_by_name(".symtab").iter_symbols():
             section = symbol["st_shndx"]
             if section == "SHN_UNDEF":
                 symbols.append(self._function(imports[symbol.name]) if symbol.name else 0)
             else:
                 symbols.append(bases.get(section, 0) + symbol["st_value"])
+            if symbol["st_info"]["type"] == "STT_FUNC":
+                self.functions.append((symbols[-1], symbol.name))
             if symbol.name == ENTRY:
                 entry = symbols[-1]
+        self.functions.sort()
+        self.machine.hook_add(UC_HOOK_BLOCK, self._count_block, begin=CODE, end=at)
         contents = {i: bytearray(sections[i].data()) for i in bases}
         for section in sections:
             if isinstance(section, RelocationSection) and section["sh_info"] in bases:
@@ -240,6 +247,10 @@ class Process:
             self.later.append(task)
         return 0
 
+    def _count_block(self, _machine: Uc, address: int, size: int, _data: Any) -> None:
+        _, name = self.functions[bisect.bisect_right(self.functions, address, key=lambda function: function[0]) - 1]
+        self.executed[name] += size // 4
+
     # Instructions that the emulator does not know.
 
     def _exception(self, _machine: Uc, number: int, _data: Any) -> None:
@@ -303,11 +314,13 @@ class Emulated:
     Attributes:
       calls: how many there were.
       instructions: those that the emulator does not know, and how often they were done.
+      executed: how many of all kinds, by the function they are in.
     """
 
     def __init__(self, machine: Machine, monkeypatch: pytest.MonkeyPatch, threads: int = 3) -> None:
         self.calls = 0
         self.instructions: collections.Counter[str] = collections.Counter()
+        self.executed: collections.Counter[str] = collections.Counter()
         self._threads = threads
         self._code: dict[str, bytes] = {}
         for module in (launch, product):
@@ -330,6 +343,7 @@ class Emulated:
                 out = process.call([np.asarray(x) for x in arrays], list(several), **attributes)
                 self.calls += 1
                 self.instructions += process.instructions
+                self.executed += process.executed
                 return tuple(out) if isinstance(results, tuple) else out[0]
 
             return jax.pure_callback(emulate, results, *arrays)

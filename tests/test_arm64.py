@@ -1,6 +1,7 @@
 """The CPU kernels' code for 64-bit Arm, executed by an emulator that lets nothing be read that is not theirs."""
 
 import ctypes
+import dataclasses
 import types
 from typing import Any
 
@@ -172,6 +173,31 @@ def test_what_nobody_sees_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     soiled = [np.where(hidden[:, None, :, None], np.float32(np.nan), cache) for cache in caches]
     np.testing.assert_array_equal(run(query, *caches), run(query, *soiled))
     assert calls.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "products", "most"),
+    [
+        ("apple-m1", Case(), 512, 2.2),
+        ("apple-m1", Case(dtype="float16"), 512, 2.1),
+        ("neoverse-v2", Case(int8=True, dtype="bfloat16"), 256, 2.7),
+    ],
+    ids=str,
+)
+def test_few_instructions_for_a_product(
+    name: str, case: Case, products: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight heads, for each position; docs/cpu-speed.md has all. One weight at a time took a third more."""
+    calls, executed = emulated(name, monkeypatch), []
+    for length in (128, 256):
+        args, kwargs = dataclasses.replace(
+            case, batch=1, heads=8, kv_heads=1, head_dim=128, capacity=length, lengths=None
+        ).inputs()
+        run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))  # noqa: B023
+        jax.block_until_ready(run(*args))
+        executed.append(calls.executed.total())
+    first, both = executed
+    assert products < (both - 2 * first) / 128 < most * products
 
 
 @pytest.mark.parametrize("name", ["cortex-a72", "neoverse-v2"])
