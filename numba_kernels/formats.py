@@ -33,6 +33,7 @@ class Format:
       weight_digits: rows that hold the weights of one query head.
       tile: positions read at a time, at most.
       amx: products of matrices, not of vectors; see amx.py.
+      signed: products of integers are of signed ones; else one side is not, of bytes.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Format:
     weight_digits: int
     tile: int
     amx: bool = False
+    signed: bool = False
 
     @property
     def per_lane(self) -> int:
@@ -112,7 +114,7 @@ class Format:
 
     @property
     def words(self) -> bool:
-        """Whether int8 becomes int16 when it is read. Products of these are signed; of bytes, one side is not."""
+        """Whether int8 becomes int16 when it is read."""
         return self.integer and self.pack == 2
 
     @property
@@ -151,7 +153,7 @@ def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False,
     if dtype == "int8" and (machine.int8_dot or amx):
         digits = 2 if narrow else 3
         tile = 128 if machine.lanes == 16 and not amx else 64  # there is room in registers when they are weighed
-        return Format(f"int8_{kind}", dtype, 4, digits, digits, tile, amx)
+        return Format(f"int8_{kind}", dtype, 4, digits, digits, tile, amx, machine.int8_signed and not amx)
     if dtype == "int8" and machine.int16_dot and narrow:
-        return Format("int8_words_narrow", dtype, 2, 1, 1, 64)
+        return Format("int8_words_narrow", dtype, 2, 1, 1, 64, signed=True)
     return Format(dtype, dtype, 1, 1, 1, 32 if dtype == "float32" else 64)

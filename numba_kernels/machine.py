@@ -12,11 +12,10 @@ import sys
 _ARM = ("aarch64", "arm64")
 # Linux lets a process use the registers of AMX once it has asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 _ARCH_PRCTL, _REQUEST, _TILES = 158, 0x1023, 18
-# Arm's narrow products by the names of LLVM, which does not look for them. Linux has bits for them, of
-# getauxval(AT_HWCAP2), and macOS names.
-_AT_HWCAP2 = 26
-_LINUX_BITS = {"bf16": 1 << 14, "i8mm": 1 << 13}
-_MACOS_NAMES = {"bf16": b"hw.optional.arm.FEAT_BF16", "i8mm": b"hw.optional.arm.FEAT_I8MM"}
+# Arm's narrow products by the names of LLVM, which does not look for them. Linux has bits for them, of getauxval(16),
+# AT_HWCAP, and getauxval(26), AT_HWCAP2; macOS has names.
+_LINUX_BITS = {"dotprod": (16, 1 << 20), "bf16": (26, 1 << 14)}
+_MACOS_NAMES = {"dotprod": b"hw.optional.arm.FEAT_DotProd", "bf16": b"hw.optional.arm.FEAT_BF16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +27,9 @@ class Machine:
       lanes: 32-bit lanes of a vector register.
       registers: vectors that the processor names.
       bfloat16_dot: the instruction that multiplies pairs of bfloat16 and adds them to float32 lanes, or None.
-      int8_dot: the instruction that multiplies quads of uint8 by int8 and adds them to int32 lanes, or None.
+      int8_dot: the instruction that multiplies quads of bytes and adds them to int32 lanes, or None.
       int16_dot: the instruction that multiplies pairs of int16 and adds the two products, in int32 lanes, or None.
+      int8_signed: whether the bytes are int8 on both sides; else they are uint8 on the first.
       amx: whether it multiplies matrices of bfloat16 and of int8: x86's AMX.
     """
 
@@ -40,6 +40,7 @@ class Machine:
     bfloat16_dot: str | None
     int8_dot: str | None
     int16_dot: str | None = None
+    int8_signed: bool = False
     amx: bool = False
 
 
@@ -61,7 +62,7 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
             if has("avx512vnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.512"
             amx = has("amx-tile", "amx-bf16", "amx-int8")
-            return Machine(cpu, flags, 16, 32, bfloat16_dot, int8_dot, "llvm.x86.avx512.pmaddw.d.512", amx)
+            return Machine(cpu, flags, 16, 32, bfloat16_dot, int8_dot, "llvm.x86.avx512.pmaddw.d.512", amx=amx)
         if has("avx2", "fma"):
             if has("avxvnni"):
                 int8_dot = "llvm.x86.avx512.vpdpbusd.256"
@@ -69,9 +70,9 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
     elif architecture in _ARM:
         if has("bf16"):
             bfloat16_dot = "llvm.aarch64.neon.bfdot.v4f32.v8bf16"
-        if has("i8mm"):
-            int8_dot = "llvm.aarch64.neon.usdot.v4i32.v16i8"
-        return Machine(cpu, flags, 4, 32, bfloat16_dot, int8_dot)
+        if has("dotprod"):
+            int8_dot = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        return Machine(cpu, flags, 4, 32, bfloat16_dot, int8_dot, int8_signed=True)
     return Machine(cpu, flags, 4, 16, None, None)
 
 
@@ -92,8 +93,7 @@ def _narrow_products_of_arm() -> dict[str, bool]:
     system = ctypes.CDLL(None)
     if sys.platform.startswith("linux"):
         system.getauxval.restype = ctypes.c_ulong
-        bits = system.getauxval(ctypes.c_ulong(_AT_HWCAP2))
-        return {name: bits & bit != 0 for name, bit in _LINUX_BITS.items()}
+        return {name: system.getauxval(ctypes.c_ulong(which)) & bit != 0 for name, (which, bit) in _LINUX_BITS.items()}
     if sys.platform == "darwin":
         return {name: _sysctl(system, asked) == 1 for name, asked in _MACOS_NAMES.items()}
     return {}

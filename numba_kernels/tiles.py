@@ -220,8 +220,8 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     """(query, initial, weights, out, rows, head, *fetching, count, head_dim): scores of `heads` query heads.
 
     `query` is as `_piece` says, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
-    addresses of a tile's keys, of which `count` count. int8 keys are raised by 128 to be unsigned; `initial` (heads,
-    digits) int32, from which the sums start, takes that back.
+    addresses of a tile's keys, of which `count` count. int8 keys are raised by 128 where they are to be unsigned;
+    `initial` (heads, digits) int32, from which the sums start, takes that back.
     """
     beside, digits = _beside(form, machine, heads), form.query_digits
     piece, vectors = machine.lanes // beside, heads * digits // beside
@@ -238,7 +238,8 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
         builder, kind = v.builder, v.ints if form.integer else v.floats
         blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
         totals = [[v.variable(kind) for _ in range(positions)] for _ in range(vectors)]
-        starts = _first_sums(v, initial, heads, digits, beside) if form.pack == 4 else [v.constant(kind, 0)] * vectors
+        raises = form.integer and not form.signed
+        starts = _first_sums(v, initial, heads, digits, beside) if raises else [v.constant(kind, 0)] * vectors
         factors = v.load(weights, ir.VectorType(F32, heads))
         copies = [v.room(4 * v.lanes * form.parts) for _ in range(positions)] if copied else []
         fetcher = Fetcher(v, *fetching)
@@ -290,7 +291,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                     builder.store(start, total)
 
             def raised(key: ir.Value) -> ir.Value:
-                return builder.xor(key, v.constant(v.ints, 0x80808080 - 2**32)) if form.pack == 4 else key
+                return builder.xor(key, v.constant(v.ints, 0x80808080 - 2**32)) if raises else key
 
             def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
                 offset = v.address(head, first, form.itemsize)
@@ -561,15 +562,16 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
 
 def _weight_of_one(form: Format) -> int:
     """The integer that the digits of a weight of 1 hold."""
-    return (1 << form.weight_bits - form.words) - 1
+    digit = (1 << form.digit_bits - form.signed) - 1
+    return sum(digit << form.digit_bits * i for i in range(form.weight_digits))
 
 
 def _store_weights(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
     """A head's weights into the row or rows of its digits; and their sum.
 
-    One bfloat16, two bytes and an int16 are rounded, and the sum is of what they hold, so that many weights rounded in
-    one direction, or to nothing, do no harm. Three bytes hold more than a float32 of 1 does in its last place, and are
-    cut off.
+    One bfloat16, two bytes, three signed ones and an int16 are rounded, and the sum is of what they hold, so that many
+    weights rounded in one direction, or to nothing, do no harm. Three unsigned bytes hold more than a float32 of 1 does
+    in its last place, and are cut off.
     """
     if form.integer:
         return _store_integers(v, form, weights, at)
@@ -608,7 +610,7 @@ def _store_integers(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Va
     """
     builder, one, bits = v.builder, _weight_of_one(form), form.digit_bits
     scale, rounder = v.constant(v.floats, one), v.constant(v.floats, 2.0**23)
-    if form.weight_digits < 3:  # rounded, they are the low bits of a float32
+    if one < 2**23:  # rounded, they are the low bits of a float32
         rounded = [v.float_function("fma", weight, scale, rounder) for weight in weights]
         total = v.reduce("fadd", [builder.fsub(x, rounder) for x in rounded])
         total = builder.fmul(total, ir.Constant(F32, 1.0 / one))
@@ -617,6 +619,9 @@ def _store_integers(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Va
         total = v.reduce("fadd", weights)
         scaled = [v.larger(builder.fmul(weight, scale), v.constant(v.floats, 0.0)) for weight in weights]
         whole = [builder.fptosi(x, v.ints) for x in scaled]
+    if form.signed and form.weight_digits > 1:  # half of a digit's numbers are below 0, which the next one makes up for
+        half = v.constant(v.ints, sum(2 ** (bits - 1) << bits * i for i in range(form.weight_digits - 1)))
+        whole = [builder.xor(builder.add(x, half), half) for x in whole]
     vectors = form.weight_lanes // v.lanes
     for digit in range(form.weight_digits):
         row, begin = v.address(at, digit, 4 * form.weight_lanes), bits * (form.weight_digits - 1 - digit)

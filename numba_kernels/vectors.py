@@ -158,7 +158,7 @@ class Vectors:
           total: float32 lanes, or int32 of an integer format.
           a, b: lanes of one float32, two bfloat16, two int16 or four int8.
           form: which of them.
-          unsigned: "a" or "b", which one of them is uint8 where they are bytes.
+          unsigned: "a" or "b", which one of them is uint8 where they are bytes and not both signed.
         """
         if form.pack == 1:
             return self.float_function("fma", self.as_floats(a), self.as_floats(b), total)
@@ -173,7 +173,7 @@ class Vectors:
         else:
             name, kind = self.machine.int8_dot, ir.VectorType(I8, 4 * self.lanes)
             a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
-            if unsigned == "b":
+            if unsigned == "b" and not form.signed:
                 a, b = b, a
         return self.builder.call(self.function(str(name), total.type, (total.type, kind, kind)), (total, a, b))
 

@@ -5,12 +5,13 @@ thread pool and what the code needs of C are here. It is stricter than a process
 memory that the code asks for ends at a page that may not be touched, operands may not be written, and what has been
 freed is gone.
 
-The emulator knows Arm's instructions up to 8.4. Of the later ones the kernels use products of bfloat16 and of bytes,
-which are done here, as Arm's manual (DDI 0487) defines them.
+The emulator knows Arm's instructions up to 8.4. Of the later ones the kernels use those of bfloat16, which are done
+here as Arm's manual (DDI 0487) defines them, but for the way in which sums are rounded.
 """
 
 import bisect
 import collections
+import functools
 import io
 import struct
 from collections.abc import Callable
@@ -271,19 +272,15 @@ class Process:
         self.machine.reg_write(arm.UC_ARM64_REG_Q0 + number, int.from_bytes(value, "little"))
 
 
-def _dot(left_kind: Any, right_kind: Any, sums: Any, *, one_lane: bool = False) -> Callable[[Process, int], None]:
-    """Products of the elements of four lanes are added to these: vd += vn * vm, or vn * one lane of vm."""
-
-    def do(process: Process, word: int) -> None:
-        d, n, m = word & 31, word >> 5 & 31, word >> 16 & 31
-        left, right = (np.frombuffer(process.vector(i), kind) for i, kind in ((n, left_kind), (m, right_kind)))
-        left, right = left.reshape(4, -1).astype(sums), right.reshape(4, -1).astype(sums)
-        if one_lane:
-            right = right[(word >> 11 & 1) << 1 | word >> 21 & 1]
-        total = np.frombuffer(process.vector(d), sums) + (left * right).sum(axis=-1, dtype=sums)
-        process.set_vector(d, total.tobytes())
-
-    return do
+def _bfdot(process: Process, word: int, *, one_lane: bool = False) -> None:
+    """Products of the pairs in four lanes are added to these: vd += vn * vm, or vn * one lane of vm."""
+    d, n, m = word & 31, word >> 5 & 31, word >> 16 & 31
+    left, right = (np.frombuffer(process.vector(i), ml_dtypes.bfloat16).astype(np.float32) for i in (n, m))
+    left, right = left.reshape(4, 2), right.reshape(4, 2)
+    if one_lane:
+        right = right[(word >> 11 & 1) << 1 | word >> 21 & 1]
+    total = np.frombuffer(process.vector(d), np.float32) + (left * right).sum(axis=-1, dtype=np.float32)
+    process.set_vector(d, total.tobytes())
 
 
 def _to_bfloat16(process: Process, word: int) -> None:
@@ -295,11 +292,8 @@ def _to_bfloat16(process: Process, word: int) -> None:
 
 # name, the bits that are fixed, what they are, what it does
 INSTRUCTIONS = [
-    ("bfdot", 0xFFE0FC00, 0x6E40FC00, _dot(ml_dtypes.bfloat16, ml_dtypes.bfloat16, np.float32)),
-    ("bfdot", 0xFFC0F400, 0x4F40F000, _dot(ml_dtypes.bfloat16, ml_dtypes.bfloat16, np.float32, one_lane=True)),
-    ("usdot", 0xFFE0FC00, 0x4E809C00, _dot(np.uint8, np.int8, np.int32)),
-    ("usdot", 0xFFC0F400, 0x4F80F000, _dot(np.uint8, np.int8, np.int32, one_lane=True)),
-    ("sudot", 0xFFC0F400, 0x4F00F000, _dot(np.int8, np.uint8, np.int32, one_lane=True)),
+    ("bfdot", 0xFFE0FC00, 0x6E40FC00, _bfdot),
+    ("bfdot", 0xFFC0F400, 0x4F40F000, functools.partial(_bfdot, one_lane=True)),
     ("bfcvtn", 0xBFFFFC00, 0x0EA16800, _to_bfloat16),
 ]
 

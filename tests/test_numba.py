@@ -30,7 +30,7 @@ from numba_kernels.vectors import EXP_TERMS, EXP_TERMS_OF_16_BITS, I64, Vectors
 AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
 AMX = AVX512 | dict.fromkeys(("amx-tile", "amx-bf16", "amx-int8"), True)
 AVX2 = dict.fromkeys(("avx", "avx2", "fma", "f16c"), True)
-ARM = {"neon": True, "bf16": True, "i8mm": True, "fp-armv8": True, "fullfp16": True, "dotprod": True}
+ARM = {"neon": True, "bf16": True, "fp-armv8": True, "fullfp16": True, "dotprod": True}
 
 
 def without(machine: Machine, **changes: object) -> Machine:
@@ -60,7 +60,8 @@ class TestMachine:
         machine = describe("neoverse-v2", ARM, "aarch64")
         assert machine.lanes == 4
         assert machine.bfloat16_dot == "llvm.aarch64.neon.bfdot.v4f32.v8bf16"
-        assert machine.int8_dot == "llvm.aarch64.neon.usdot.v4i32.v16i8"
+        assert machine.int8_dot == "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        assert format_of("int8", False, machine).signed
         assert describe("cortex-a72", {"neon": True}, "aarch64").int8_dot is None
 
     def test_matrices_for_large_groups(self) -> None:
