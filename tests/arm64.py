@@ -11,6 +11,7 @@ here as Arm's manual (DDI 0487) defines them, but for the way in which sums are 
 
 import bisect
 import collections
+import dataclasses
 import functools
 import io
 import struct
@@ -21,17 +22,29 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import Case
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 from unicorn import UC_ARCH_ARM64, UC_HOOK_BLOCK, UC_HOOK_CODE, UC_HOOK_INTR, UC_MODE_ARM, Uc
 from unicorn import arm64_const as arm
 from unicorn.unicorn_const import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 
+from jax_ifa import incre_flash_attention
 from numba_kernels import build, launch, product
 from numba_kernels.bitcode import ENTRY
 from numba_kernels.build import Kernel
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, ERROR_DESTROY, KIND, NUM_THREADS, RESULTS, SCHEDULE
-from numba_kernels.machine import Machine
+from numba_kernels.machine import Machine, describe
+
+# As LLVM and the systems describe them: Linux on a Raspberry Pi 4 and on Neoverse V2, whose SVE is not used; macOS.
+_LINUX = ("neon", "fp-armv8", "crc")
+MACHINES = {
+    "cortex-a72": describe("cortex-a72", dict.fromkeys(_LINUX, True), "aarch64"),
+    "apple-m1": describe("apple-m1", {"bf16": False, "dotprod": True}, "arm64"),
+    "neoverse-v2": describe(
+        "neoverse-v2", dict.fromkeys((*_LINUX, "lse", "sve", "sve2", "sve-aes", "bf16", "dotprod"), True), "aarch64"
+    ),
+}
 
 TRIPLE = "aarch64-unknown-linux-gnu"
 
@@ -343,6 +356,19 @@ class Emulated:
             return jax.pure_callback(emulate, results, *arrays)
 
         return run
+
+
+def instructions_of_a_position(machine: Machine, case: Case, patch: pytest.MonkeyPatch) -> collections.Counter[str]:
+    """How many a machine executes for one more position of a sequence, rounded, by the function they are in."""
+    executed = []
+    for capacity in (128, 256):
+        calls = Emulated(machine, patch, threads=1)
+        args, kwargs = dataclasses.replace(case, batch=1, capacity=capacity, lengths=None).inputs()
+        call = functools.partial(incre_flash_attention, implementation="numba", **kwargs)
+        jax.block_until_ready(jax.jit(call)(*args))
+        executed.append(calls.executed)
+    less, more = executed
+    return collections.Counter({name: round((more[name] - less[name]) / 128) for name in more})
 
 
 _kept: dict[str, bytes] = {}

@@ -9,7 +9,7 @@ import jax
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from arm64 import Emulated
+from arm64 import MACHINES, Emulated, instructions_of_a_position
 from cases import TOLERANCE, Case, assert_close, call_numba, run_reference
 from test_row_product import LAYOUTS, MANY, assert_exact, in_blocks, inputs
 
@@ -17,18 +17,8 @@ from jax_ifa import incre_flash_attention
 from numba_kernels import build
 from numba_kernels import machine as machine_module
 from numba_kernels.formats import format_of
-from numba_kernels.machine import Machine, describe
+from numba_kernels.machine import Machine
 from numba_kernels.product import RowProduct, row_product
-
-# As LLVM and the systems describe them: Linux on a Raspberry Pi 4 and on Neoverse V2, whose SVE is not used; macOS.
-_LINUX = ("neon", "fp-armv8", "crc")
-MACHINES = {
-    "cortex-a72": describe("cortex-a72", dict.fromkeys(_LINUX, True), "aarch64"),
-    "apple-m1": describe("apple-m1", {"bf16": False, "dotprod": True}, "arm64"),
-    "neoverse-v2": describe(
-        "neoverse-v2", dict.fromkeys((*_LINUX, "lse", "sve", "sve2", "sve-aes", "bf16", "dotprod"), True), "aarch64"
-    ),
-}
 
 FEW = [
     Case(dtype="bfloat16", batch=3, capacity=150, head_dim=48, mask="4d", bias="batch"),
@@ -191,16 +181,9 @@ def test_few_instructions_for_a_product(
     name: str, case: Case, products: int, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of eight heads, for each position; docs/cpu-speed.md has all. One weight at a time took a third more."""
-    calls, executed = emulated(name, monkeypatch), []
-    for length in (128, 256):
-        args, kwargs = dataclasses.replace(
-            case, batch=1, heads=8, kv_heads=1, head_dim=128, capacity=length, lengths=None
-        ).inputs()
-        run = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))  # noqa: B023
-        jax.block_until_ready(run(*args))
-        executed.append(calls.executed.total())
-    first, both = executed
-    assert products < (both - 2 * first) / 128 < most * products
+    case = dataclasses.replace(case, heads=8, kv_heads=1, head_dim=128)
+    total = instructions_of_a_position(MACHINES[name], case, monkeypatch).total()
+    assert products < total < most * products
 
 
 @pytest.mark.parametrize("name", ["cortex-a72", "neoverse-v2"])
