@@ -5,7 +5,8 @@ formats.py   how the elements of a cache meet the query: as float32, or in narro
 vectors.py   vector instructions as LLVM IR
 fetching.py  the rows of the next tile, fetched meanwhile
 tiles.py     the steps on a tile of positions, made of those
-amx.py       two of these steps in products of matrices
+dots.py      two of these steps, the products of keys and of values
+amx.py       the same in products of matrices
 native.py    what Numba lacks for code without Python
 records.py   structures in memory, whose fields Numba reads by name
 frame.py     XLA's call frame

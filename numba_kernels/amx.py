@@ -1,9 +1,9 @@
 """The two products of a tile of positions as products of matrices: Intel's AMX.
 
     configure  before a thread's first product: how large the matrices are
-    scores     as in tiles.py
+    scores     as in dots.py
     weigh      as in tiles.py
-    values     as in tiles.py
+    values     as in dots.py
     reset      after the last: as it was before
 
 A matrix register has 16 rows of 64 bytes, and one instruction multiplies two of them:
@@ -14,7 +14,7 @@ where row k of b has lane k of all 16 columns side by side. Scores have position
 cache as they lie there, and digits of query heads as columns.
 
 Values have digits of the weights of heads as rows and elements of values as columns. Those of int8 are interleaved for
-that, four positions in a lane, as in tiles.py. Rows of bfloat16 are loaded as they lie: a lane has two elements of one
+that, four positions in a lane, as in dots.py. Rows of bfloat16 are loaded as they lie: a lane has two elements of one
 position then, and the weights are there twice, beside a zero for the other element: one row has the sums of all even
 elements and another of the odd ones. (0 times what is not finite is no number: where a sum is none, the element beside
 it may be to blame, and both are summed up anew.) With four elements in a lane there would be four times as many
@@ -55,9 +55,14 @@ PERCENT = {"keys": 20, "order": 12, "weigh": 15, "values": 25, "fold": 20}
 
 
 def make(form: Format) -> dict[str, Tile]:
-    """The steps by name; `scores`, `weigh` and `values` take what those of tiles.py do."""
-    tiles = (_configure(), _reset(), _scores(form), weigh(form, PERCENT["weigh"], stay_awake), _values(form))
+    """The steps by name; `scores`, `weigh` and `values` take what those of tiles.py and dots.py do."""
+    tiles = (_configure(), _reset(), _scores(form), weigh(form, PERCENT["weigh"], stay_awake), _values(form), _piece())
     return {tile.name: tile for tile in tiles}
+
+
+def _piece() -> Tile:
+    """(heads): of a query for products of vectors, which there is none of."""
+    return Tile("piece", 1, lambda v, heads: ir.Constant(I64, 0), number=True)
 
 
 def stay_awake(v: Vectors) -> None:
@@ -202,7 +207,7 @@ def _pair_of_rows(v: Vectors, matrix: ir.Value, row: int, offset: int, kind: ir.
 
 
 def _scores(form: Format) -> Tile:
-    """(group, query, initial, weights, out, rows, head, place, count, head_dim); see `tiles.make`.
+    """(group, query, initial, weights, out, rows, head, place, count, head_dim); see `dots.make`.
 
     `query` is (matrices, lanes of D padded, 16) lanes, of which the last are the first digits of as many heads as there
     is room for, then their second ones, and so on. `out` has room for the heads of whole matrices. `initial` has no
@@ -265,7 +270,7 @@ def _scores(form: Format) -> Tile:
 
 
 def _values(form: Format) -> Tile:
-    """(group, weights, fades, shares, out, rows, head, place, count, head_dim); see `tiles.make`.
+    """(group, weights, fades, shares, out, rows, head, place, count, head_dim); see `dots.make`.
 
     `weights` has room for the rows of whole matrices.
     """

@@ -185,7 +185,7 @@ class Scratch(NamedTuple):
     """Addresses of a thread's working memory. G is padded to whole vectors where it comes last."""
 
     plain: int  # (digits, D padded) one query head
-    query: int  # (unit_heads, `query_size`) as `_piece` in tiles.py or `scores` in amx.py says
+    query: int  # (unit_heads, `query_size`) as `_piece` in dots.py or `scores` in amx.py says
     initial: int  # (unit_heads, G, digits) int32: from which the products of keys start
     weight: int  # (unit_heads, G) float32: what a score is multiplied by
     scores: int  # (G, T) float32; behind these and the next there is room for a matrix

@@ -131,9 +131,9 @@ class Format:
 
     def tiles(self, machine: Machine) -> Any:
         """See `build.Kernel`."""
-        from numba_kernels import amx, tiles  # not without need: these import llvmlite
+        from numba_kernels import amx, dots, tiles  # not without need: these import llvmlite
 
-        return tiles.common(self, machine) | (amx.make(self) if self.amx else tiles.make(self, machine))
+        return tiles.common(self, machine) | (amx.make(self) if self.amx else dots.make(self, machine))
 
 
 def format_of(dtype: str, precise: bool, machine: Machine, narrow: bool = False, group: int = 1) -> Format:

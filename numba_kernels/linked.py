@@ -17,7 +17,7 @@ def linked(name: str, arguments: int = 0) -> Any:
     return types.ExternalFunction(name, types.int64(*[types.int64] * arguments))
 
 
-# The steps; see tiles.py, and amx.py for the last two.
+# The steps; see tiles.py and dots.py, and amx.py for the last two.
 series = linked("series", 4)
 split = linked("split", 6)
 scores = linked("scores", 10)
