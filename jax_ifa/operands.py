@@ -85,7 +85,7 @@ class Operands:
       mask: (R, S'), bool or int8 or uint8, non-zero is masked out, or None. S' >= kv.capacity.
       bias: (R, K, G, S'), any float dtype, added to the scaled scores, or None. S' >= kv.capacity.
       precise: float32 throughout (`inner_precise=0`, or a float32 result); otherwise an implementation may round the
-        softmax weights to the cache's 16-bit dtype for the product with the values, or of an int8 cache to 16 bits.
+        softmax weights to the cache's 16-bit dtype for the product with the values, or of an int8 cache to 15 bits.
       out_dtype: what the caller rounds `out` to; an implementation may do so itself, or leave it float32.
       keeps_16_bits: the caller keeps of the result no more than `out`, and of that 16 bits in the end (whatever is done
         to it in between, as for int8 caches), so an implementation need not be more precise than that.

@@ -1,7 +1,7 @@
 """The two products of a tile of positions, of vectors: `scores` and `values`, as tiles.py says.
 
 Both are made for eight query heads, four, two and one, whose sums stay in registers while a row is read, once for all
-of them. How the lanes of a vector are shared out depends on how many there are: see `_beside` and `_by_lane`.
+of them. How the lanes of a vector are shared out depends on how many there are: see `_beside`.
 """
 
 from typing import Any
@@ -76,21 +76,16 @@ def _beside(form: Format, machine: Machine, heads: int) -> int:
 
     Sums of fewer lanes are sooner put together; but a key is read in pieces of so many lanes, R times into a vector,
     and every reading is to serve two products at least. What is converted is copied for that, which eight heads pay
-    where vectors are long. Where they have four lanes, a key is read once: see `_by_lane`; but of pairs of bfloat16
+    where vectors are long. Products by one lane take it from a key that is read as a whole; but of pairs of bfloat16
     LLVM copies a lane before it multiplies, and that is to serve two products too.
     """
-    if _by_lane(machine):
+    if machine.by_lane:
         return (
             machine.lanes if heads >= machine.lanes * (2 if form.dtype == "bfloat16" and form.pack == 2 else 1) else 1
         )
     if (form.converted and (heads < 8 or machine.lanes == 8)) or form.words:
         return 1
     return _power_of_two(min(heads, machine.lanes // 4, heads * form.query_digits // 2))
-
-
-def _by_lane(machine: Machine) -> bool:
-    """Whether vectors meet single lanes of others, which are read as a whole: Arm's products can, for nothing."""
-    return machine.lanes == 4
 
 
 def _power_of_two(most: int) -> int:
@@ -125,10 +120,11 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     """
     beside, digits = _beside(form, machine, heads), form.query_digits
     piece, vectors = machine.lanes // beside, heads * digits // beside
-    by_lane = beside > 1 and _by_lane(machine)
+    by_lane = beside > 1 and machine.by_lane
     copied = beside > 1 and not by_lane  # where keys are converted, or end in the middle of a vector
-    # The sums of these leave room for what is read: with lanes of keys, a vector of each.
-    positions = min(_power_of_two(machine.registers * 3 // 4 // vectors), 8 if by_lane else machine.registers)
+    positions = _power_of_two(machine.registers * 3 // 4 // vectors)  # the sums of these leave room for what is read
+    if by_lane:  # a vector of each key; and scores are turned around by as many as there are lanes
+        positions = max(machine.lanes, min(positions, 8))
     # A line of memory at a time; but of copies only so many as the next ones can be made beside.
     line = max(1, LINE // (form.strip(machine.lanes) * form.itemsize * form.parts))
     wide = 1 if form.converted and copied else line
@@ -258,7 +254,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     column_bytes = machine.lanes * form.pack * form.itemsize  # that are read for one of these vectors
     # Lanes of weights. Each of n turns reads n lines for one that it fetches: all of them read the same.
     together = max(1, len(turns) * LINE // (at_once * wide * column_bytes))
-    by_lane = _by_lane(machine)
+    by_lane = machine.by_lane
     if by_lane:  # whole vectors of them
         together = max(together, machine.lanes)
 

@@ -9,7 +9,7 @@ A narrow lane holds fewer bits than a float32. So query and weights are split in
 products are put together in float32. With three bytes, x = scale * (2**16 * high + 2**8 * middle + low) to within
 float32's own precision; with two bfloat16, x = high + low to within 2**-17. A query that is bfloat16 already needs one.
 Where 16 bits of the result are all that is kept of it, two bytes do, which hold 16 bits, or one int16, and one bfloat16
-for a weight.
+for a weight. Weights are not below 0, so signed digits hold one bit less of them: 15, and of three bytes 23.
 """
 
 import dataclasses

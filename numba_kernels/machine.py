@@ -12,7 +12,7 @@ import sys
 _ARM = ("aarch64", "arm64")
 # Linux lets a process use the registers of AMX once it has asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 _ARCH_PRCTL, _REQUEST, _TILES = 158, 0x1023, 18
-# Arm's narrow products by the names of LLVM, which does not look for them. Linux has bits for them, of getauxval(16),
+# Arm's narrow products by LLVM's names; not every LLVM looks for them. Linux has bits for them, of getauxval(16),
 # AT_HWCAP, and getauxval(26), AT_HWCAP2; macOS has names.
 _LINUX_BITS = {"dotprod": (16, 1 << 20), "bf16": (26, 1 << 14)}
 _MACOS_NAMES = {"dotprod": b"hw.optional.arm.FEAT_DotProd", "bf16": b"hw.optional.arm.FEAT_BF16"}
@@ -30,6 +30,7 @@ class Machine:
       int8_dot: the instruction that multiplies quads of bytes and adds them to int32 lanes, or None.
       int16_dot: the instruction that multiplies pairs of int16 and adds the two products, in int32 lanes, or None.
       int8_signed: whether the bytes are int8 on both sides; else they are uint8 on the first.
+      by_lane: whether a vector meets one lane of another in its products, for nothing.
       amx: whether it multiplies matrices of bfloat16 and of int8: x86's AMX.
     """
 
@@ -41,6 +42,7 @@ class Machine:
     int8_dot: str | None
     int16_dot: str | None = None
     int8_signed: bool = False
+    by_lane: bool = False
     amx: bool = False
 
 
@@ -72,7 +74,7 @@ def describe(cpu: str, features: dict[str, bool], architecture: str) -> Machine:
             bfloat16_dot = "llvm.aarch64.neon.bfdot.v4f32.v8bf16"
         if has("dotprod"):
             int8_dot = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-        return Machine(cpu, flags, 4, 32, bfloat16_dot, int8_dot, int8_signed=True)
+        return Machine(cpu, flags, 4, 32, bfloat16_dot, int8_dot, int8_signed=True, by_lane=True)
     return Machine(cpu, flags, 4, 16, None, None)
 
 

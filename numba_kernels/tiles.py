@@ -194,6 +194,8 @@ def _split(form: Format) -> Tile:
                 kind = ir.VectorType(ir.IntType(bits), v.lanes)
                 v.store(builder.trunc(low, kind), v.address(to, i, size // form.pack))
                 builder.store(builder.fadd(builder.load(sums[digit]), builder.sitofp(low, v.floats)), sums[digit])
+        if form.signed:
+            return
         for digit, sum_ in enumerate(sums):  # what the keys are raised by is taken back; the floats are integers
             raised = builder.mul(builder.fptosi(v.reduce("fadd", [builder.load(sum_)]), I32), ir.Constant(I32, -128))
             v.store(raised, v.address(initial, digit, 4))

@@ -1,12 +1,13 @@
 """The CPU kernels' code for 64-bit Arm, run instruction by instruction on any machine.
 
 An emulator (Unicorn) executes the object file that LLVM makes, in a process of its own making: XLA's call frame, its
-thread pool and what the code needs of C are here. It is stricter than a processor: every array and every piece of
-memory that the code asks for ends at a page that may not be touched, operands may not be written, and what has been
-freed is gone.
+thread pool and what the code needs of C are here. It is stricter than a processor: operands may not be written, what
+was freed is gone, and every array and every piece of memory that the code asks for lies beside a page that may not be
+touched. Each call is made twice, with that page behind them and with it before them, and has to give the same bits.
+Memory and the stack are full of NaN before they are written.
 
 The emulator knows Arm's instructions up to 8.4. Of the later ones the kernels use those of bfloat16, which are done
-here as Arm's manual (DDI 0487) defines them, but for the way in which sums are rounded.
+here as Arm's manual (DDI 0487) defines them: their sums are rounded to odd, and what is not normal is 0.
 """
 
 import bisect
@@ -36,6 +37,7 @@ from numba_kernels.build import Kernel
 from numba_kernels.frame import ARGUMENTS, ATTRIBUTES, DATA, DIMS, ERROR_DESTROY, KIND, NUM_THREADS, RESULTS, SCHEDULE
 from numba_kernels.machine import Machine, describe
 
+TRIPLE = "aarch64-unknown-linux-gnu"
 # As LLVM and the systems describe them: Linux on a Raspberry Pi 4 and on Neoverse V2, whose SVE is not used; macOS.
 _LINUX = ("neon", "fp-armv8", "crc")
 MACHINES = {
@@ -45,24 +47,16 @@ MACHINES = {
         "neoverse-v2", dict.fromkeys((*_LINUX, "lse", "sve", "sve2", "sve-aes", "bf16", "dotprod"), True), "aarch64"
     ),
 }
-
-TRIPLE = "aarch64-unknown-linux-gnu"
-
+MODELS = {"cortex-a72": arm.UC_CPU_ARM64_A72}  # for the others: all that Unicorn knows
 
 PAGE = 4096
 STUBS, CODE, STACK, HEAP = 0x1000_0000, 0x1001_0000, 0x3000_0000, 0x4000_0000
 STACK_SIZE = 1 << 20
 RETURN = 0xD65F03C0  # the instruction `ret`
 UNDEFINED = 1  # the exception
-ELEMENT_TYPES = {
-    "bool": 1,
-    "int8": 2,
-    "int32": 4,
-    "float16": 10,
-    "float32": 11,
-    "uint8": 6,
-    "bfloat16": 16,
-}  # XLA's numbers
+GARBAGE = b"\xff"  # NaN, of all float types
+# XLA's numbers.
+ELEMENT_TYPES = {"bool": 1, "int8": 2, "int32": 4, "uint8": 6, "float16": 10, "float32": 11, "bfloat16": 16}
 
 
 def _movw(shift: int) -> Callable[[int, int, int], int]:
@@ -86,10 +80,12 @@ class Process:
       code: an ELF file for 64-bit Arm.
       threads: of the pool, with the caller. The first other one begins at once and does all there is to do, the rest
         only when the caller is done.
+      at_end: whether what lies in memory is at the end of its pages, or at the beginning.
+      model: of the processor, by Unicorn's name: it does not execute what this one has not.
     """
 
-    def __init__(self, code: bytes, threads: int = 3) -> None:
-        self.threads = threads
+    def __init__(self, code: bytes, threads: int = 3, at_end: bool = True, model: int = arm.UC_CPU_ARM64_MAX) -> None:
+        self.threads, self.at_end = threads, at_end
         self.later: list[tuple[int, int]] = []
         self.begun = 0
         self.pieces: dict[int, tuple[int, int]] = {}  # of memory that the code asked for: first page and bytes
@@ -97,11 +93,11 @@ class Process:
         self.executed: collections.Counter[str] = collections.Counter()  # all, by the function they are in
         self.functions: list[tuple[int, str]] = []
         self.machine = Uc(UC_ARCH_ARM64, UC_MODE_ARM)
-        self.machine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX)
+        self.machine.ctl_set_cpu_model(model)
         self.free = HEAP
         self.stubs: list[Callable[[], int | None]] = []
         for thread in range(2):  # nobody runs inside anybody but the caller
-            self.machine.mem_map(STACK + 2 * thread * STACK_SIZE, STACK_SIZE)
+            self._place(STACK + 2 * thread * STACK_SIZE, GARBAGE * STACK_SIZE, UC_PROT_READ | UC_PROT_WRITE)
         self.machine.mem_map(STUBS, PAGE, UC_PROT_READ | UC_PROT_EXEC)
         self.machine.mem_write(STUBS, struct.pack("<I", RETURN) * (PAGE // 4))
         self.machine.hook_add(UC_HOOK_CODE, self._stub, begin=STUBS, end=STUBS + PAGE - 1)
@@ -200,34 +196,33 @@ class Process:
         self.machine.mem_map(address, -(-max(1, len(content)) // PAGE) * PAGE, permission)
         self.machine.mem_write(address, content)
 
-    def _at_end(self, content: bytes, permission: int) -> tuple[int, int]:
-        """The content in pages of its own, up to the end of the last; its address and the first page's."""
+    def _apart(self, content: bytes, permission: int) -> tuple[int, int]:
+        """The content in pages of its own; its address and the first page's."""
         pages = -(-max(1, len(content)) // PAGE)
         first, self.free = self.free, self.free + (pages + 1) * PAGE
-        padded = content.rjust(pages * PAGE, b"\xff")
-        self._place(first, padded, permission)
-        return first + len(padded) - len(content), first
+        rest = GARBAGE * (pages * PAGE - len(content))
+        self._place(first, rest + content if self.at_end else content + rest, permission)
+        return first + len(rest) * self.at_end, first
 
     def _words(self, words: list[int]) -> int:
-        return self._at_end(struct.pack(f"<{len(words)}q", *words), UC_PROT_READ)[0]
+        return self._apart(struct.pack(f"<{len(words)}q", *words), UC_PROT_READ)[0]
 
     def _buffer(self, array: np.ndarray, permission: int = UC_PROT_READ) -> list[int]:
         """XLA's description of an array."""
         buffer = [0] * 6
         buffer[KIND] = ELEMENT_TYPES[str(array.dtype)]
-        buffer[DATA] = self._at_end(array.tobytes(), permission)[0]
+        buffer[DATA] = self._apart(array.tobytes(), permission)[0]
         buffer[DIMS] = self._words(list(array.shape))
         return buffer
 
     def _allocate(self, size: int) -> int:
         size = -(-size // 16) * 16  # as aligned as malloc's
-        address, first = self._at_end(b"\xff" * size, UC_PROT_READ | UC_PROT_WRITE)
-        self.pieces[address] = first, size
+        address, first = self._apart(GARBAGE * size, UC_PROT_READ | UC_PROT_WRITE)
+        self.pieces[address] = first, self.free - PAGE - first
         return address
 
     def _release(self, address: int) -> None:
-        first, size = self.pieces.pop(address)
-        self.machine.mem_unmap(first, address + size - first)
+        self.machine.mem_unmap(*self.pieces.pop(address))
 
     # What the code calls.
 
@@ -285,15 +280,36 @@ class Process:
         self.machine.reg_write(arm.UC_ARM64_REG_Q0 + number, int.from_bytes(value, "little"))
 
 
+def _normal(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < 2.0**-126, 0 * x, x)
+
+
+def _sum_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b of float32, cut off; and if something is lost by that, the last bit is 1."""
+    with np.errstate(all="ignore"):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        total = a + b
+        own = total - a
+        lost = (a - (total - own)) + (b - own)  # of float64 too
+        nearest = total.astype(np.float32)
+        beyond = (np.abs(nearest) > np.abs(total)) | ((nearest == total) & (lost * np.sign(total) < 0))
+        exact = ((nearest == total) & (lost == 0)) | ~np.isfinite(total)
+        bits = nearest.view(np.uint32) - (beyond & ~exact)
+        return _normal((bits | ~exact).astype(np.uint32).view(np.float32))
+
+
 def _bfdot(process: Process, word: int, *, one_lane: bool = False) -> None:
     """Products of the pairs in four lanes are added to these: vd += vn * vm, or vn * one lane of vm."""
     d, n, m = word & 31, word >> 5 & 31, word >> 16 & 31
-    left, right = (np.frombuffer(process.vector(i), ml_dtypes.bfloat16).astype(np.float32) for i in (n, m))
-    left, right = left.reshape(4, 2), right.reshape(4, 2)
+    left, right = (
+        _normal(np.frombuffer(process.vector(i), ml_dtypes.bfloat16).astype(np.float32)).reshape(4, 2) for i in (n, m)
+    )
     if one_lane:
         right = right[(word >> 11 & 1) << 1 | word >> 21 & 1]
-    total = np.frombuffer(process.vector(d), np.float32) + (left * right).sum(axis=-1, dtype=np.float32)
-    process.set_vector(d, total.tobytes())
+    with np.errstate(all="ignore"):
+        first, second = _normal(left * right).T  # exact
+    total = _normal(np.frombuffer(process.vector(d), np.float32))
+    process.set_vector(d, _sum_to_odd(total, _sum_to_odd(first, second)).tobytes())
 
 
 def _to_bfloat16(process: Process, word: int) -> None:
@@ -329,6 +345,7 @@ class Emulated:
         self.instructions: collections.Counter[str] = collections.Counter()
         self.executed: collections.Counter[str] = collections.Counter()
         self._threads = threads
+        self._model = MODELS.get(machine.cpu, arm.UC_CPU_ARM64_MAX)
         self._code: dict[str, bytes] = {}
         for module in (launch, product):
             monkeypatch.setattr(module, "this_machine", lambda: machine)
@@ -346,8 +363,13 @@ class Emulated:
 
         def run(*arrays: Any, **attributes: Any) -> Any:
             def emulate(*arrays: Any) -> Any:
-                process = Process(self._code[name], self._threads)
-                out = process.call([np.asarray(x) for x in arrays], list(several), **attributes)
+                operands, found = [np.asarray(x) for x in arrays], []
+                for at_end in (True, False):
+                    process = Process(self._code[name], self._threads, at_end, self._model)
+                    found.append(process.call(operands, list(several), **attributes))
+                out, again = found
+                for x, y in zip(out, again, strict=True):
+                    np.testing.assert_array_equal(x.view(np.uint32), y.view(np.uint32))
                 self.calls += 1
                 self.instructions += process.instructions
                 self.executed += process.executed

@@ -157,7 +157,8 @@ NO_DOTS = dict(bfloat16_dot=None, int8_dot=None, int16_dot=None)
 LESSER = {  # every format converted, and narrower vectors, in as few compilations as show both
     "no narrow products": (NO_DOTS, (0, 2)),
     "8 lanes": (NO_DOTS | dict(lanes=8, registers=16), (1, 4)),
-    "4 lanes": (NO_DOTS | dict(lanes=4), (0, 2, 3)),
+    "4 lanes": (NO_DOTS | dict(lanes=4, registers=16), (0, 2, 3)),
+    "4 lanes, one by one": (NO_DOTS | dict(lanes=4, by_lane=True), (0, 2, 3)),
 }
 
 
