@@ -259,7 +259,7 @@ def _scores(form: Format) -> Tile:
                             places = [4 * (digit * heads + first) for digit in range(form.query_digits)]
                             digits = [_pair_of_rows(v, own, i, at, kind) for at in places]
                             pairs.append(digits_together(v, form, digits))
-                        for h, row in enumerate(v.transpose_halves(pairs)[: heads - first]):
+                        for h, row in enumerate(v.transpose_blocks(pairs)[: heads - first]):
                             at = builder.add(number, ir.Constant(I64, h))
                             factor = v.splat(v.load(v.address(weights, at, 4), F32))
                             to = v.address(v.address(out, at, 4 * form.tile), block, LINE)

@@ -80,9 +80,8 @@ def _beside(form: Format, machine: Machine, heads: int) -> int:
     LLVM copies a lane before it multiplies, and that is to serve two products too.
     """
     if machine.by_lane:
-        return (
-            machine.lanes if heads >= machine.lanes * (2 if form.dtype == "bfloat16" and form.pack == 2 else 1) else 1
-        )
+        least = machine.lanes * (2 if form.dtype == "bfloat16" and form.pack == 2 else 1)
+        return machine.lanes if heads >= least else 1
     if (form.converted and (heads < 8 or machine.lanes == 8)) or form.words:
         return 1
     return _power_of_two(min(heads, machine.lanes // 4, heads * form.query_digits // 2))
@@ -176,7 +175,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                 scores = [
                     builder.fmul(together([[builder.load(x)] for x in some]), own) for some in zip(*sums, strict=True)
                 ]
-                for h, score in enumerate(v.transpose_halves(scores)):
+                for h, score in enumerate(v.transpose_blocks(scores)):
                     v.store(score, v.address(v.address(out, first_position, 4), (k * beside + h) * form.tile + p, 4))
 
         with v.loop(blocks) as block:

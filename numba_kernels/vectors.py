@@ -266,8 +266,8 @@ class Vectors:
         both = [x for at in range(0, n, size) for start in (at, n + at) for x in range(start, start + size)]
         return [self.shuffle(a, b, both[:n]), self.shuffle(a, b, both[n:])]
 
-    def transpose_halves(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """Half as many vectors as there are lanes: in both halves, lane i of vector j is lane j of vector i."""
+    def transpose_blocks(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """In every block of as many lanes as there are vectors, lane i of vector j is lane j of vector i."""
         rows, n = list(rows), self.lanes
         for distance in (1 << i for i in range(len(rows).bit_length() - 1)):
             lanes = range(n)
