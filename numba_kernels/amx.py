@@ -33,6 +33,7 @@ from numba_kernels.tiles import (
     digits_together,
     fold,
     lanes_with_weights,
+    number,
     padded,
     rows_of_lane,
     walk,
@@ -56,13 +57,9 @@ PERCENT = {"keys": 20, "order": 12, "weigh": 15, "values": 25, "fold": 20}
 
 def make(form: Format) -> dict[str, Tile]:
     """The steps by name; `scores`, `weigh` and `values` take what those of tiles.py and dots.py do."""
-    tiles = (_configure(), _reset(), _scores(form), weigh(form, PERCENT["weigh"], stay_awake), _values(form), _piece())
+    tiles = [_configure(), _reset(), _scores(form), weigh(form, PERCENT["weigh"], stay_awake), _values(form)]
+    tiles.append(number("piece", 0, arguments=1))  # of a query that vectors meet
     return {tile.name: tile for tile in tiles}
-
-
-def _piece() -> Tile:
-    """(heads): of a query for products of vectors, which there is none of."""
-    return Tile("piece", 1, lambda v, heads: ir.Constant(I64, 0), number=True)
 
 
 def stay_awake(v: Vectors) -> None:

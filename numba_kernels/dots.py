@@ -145,15 +145,15 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                 sums = [[builder.add(v.shift(high, 8), low) for high, low in zip(*sums, strict=True)]]
             return digits_together(v, form, [v.sums(x, piece) for x in sums])
 
-        def sums_of(digit: int, totals: list[list[ir.Value]]) -> list[ir.Value]:
+        def sums_of(digit: int) -> list[ir.Value]:
             """Of the groups of heads that lie side by side, those of all positions in turn."""
             each = heads // beside
             return [x for k in range(each) for x in totals[digit * each + k]]
 
-        def put(totals: list[list[ir.Value]], first_position: ir.Value) -> None:
+        def put(first_position: ir.Value) -> None:
             """The scores of a block of positions."""
             for begin in range(0, heads // beside * positions, piece):
-                sums = [sums_of(digit, totals)[begin : begin + piece] for digit in range(digits)]
+                sums = [sums_of(digit)[begin : begin + piece] for digit in range(digits)]
                 score = together([[builder.load(x) for x in some] for some in sums])
                 each = score.type.count // beside  # of the sums begin, begin + 1 ... of a head at this place
                 places = [divmod(begin + i, positions) for i in range(each)]
@@ -166,10 +166,10 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                         line = v.address(v.address(out, first_position, 4), (k * beside + h) * form.tile + p, 4)
                         v.store(v.shuffle(score, score, range(h * each + i, h * each + i + run)), line)
 
-        def put_lanes(totals: list[list[ir.Value]], first_position: ir.Value) -> None:
+        def put_lanes(first_position: ir.Value) -> None:
             """The same where a sum has one lane: as many positions as there are lanes are turned around at a time."""
             for begin in range(0, heads // beside * positions, v.lanes):
-                sums = [sums_of(digit, totals)[begin : begin + v.lanes] for digit in range(digits)]
+                sums = [sums_of(digit)[begin : begin + v.lanes] for digit in range(digits)]
                 k, p = divmod(begin, positions)
                 own = v.shuffle(factors, factors, range(k * beside, (k + 1) * beside))
                 scores = [
@@ -219,7 +219,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
                                 builder.store(v.dot(builder.load(total), q, read, form, "b"), total)
 
             walk(v, form, head_dim, wide, step)
-            (put_lanes if by_lane else put)(totals, first_position)
+            (put_lanes if by_lane else put)(first_position)
         fetcher.keep()
 
     return Tile(f"scores{heads}", 10, body)

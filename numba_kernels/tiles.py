@@ -76,9 +76,9 @@ def numbers(form: Format, machine: Machine) -> list[Tile]:
     return [number(name, value) for name, value in values.items()]
 
 
-def number(name: str, value: int) -> Tile:
-    """A function that returns it."""
-    return Tile(name, 0, lambda v: ir.Constant(I64, value), number=True)
+def number(name: str, value: int, arguments: int = 0) -> Tile:
+    """A function that returns it, whatever it is called with."""
+    return Tile(name, arguments, lambda v, *unused: ir.Constant(I64, value), number=True)
 
 
 def module_of(tiles: dict[str, Tile], machine: Machine) -> ir.Module:

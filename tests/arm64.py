@@ -155,10 +155,10 @@ class Process:
         self, arrays: list[np.ndarray], results: list[jax.ShapeDtypeStruct], **attributes: int
     ) -> list[np.ndarray]:
         """The results of the foreign function for these operands."""
-        pieces, outputs = set(self.pieces), []
+        pieces = set(self.pieces)
+        before = [np.full(result.shape, 77, result.dtype) for result in results]
         arguments = [self._buffer(array) for array in arrays]
-        for result in results:
-            outputs.append(self._buffer(np.full(result.shape, 77, result.dtype), UC_PROT_READ | UC_PROT_WRITE))
+        outputs = [self._buffer(array, UC_PROT_READ | UC_PROT_WRITE) for array in before]
         api = [0] * 19
         api[ERROR_DESTROY] = self._function(lambda: pytest.fail("nothing fails here"))
         api[SCHEDULE] = self._function(self._schedule)
@@ -174,10 +174,8 @@ class Process:
             self._run(*self.later.pop(), 1)
         assert set(self.pieces) == pieces, "memory that was not freed"
         return [
-            np.frombuffer(self.machine.mem_read(buffer[DATA], max(1, _bytes_of(result))), result.dtype)
-            .copy()[: np.prod(result.shape, dtype=int)]
-            .reshape(result.shape)
-            for buffer, result in zip(outputs, results, strict=True)
+            np.frombuffer(self.machine.mem_read(buffer[DATA], array.nbytes), array.dtype).reshape(array.shape)
+            for buffer, array in zip(outputs, before, strict=True)
         ]
 
     def _run(self, function: int, argument: int, stack: int) -> int:
@@ -327,8 +325,7 @@ INSTRUCTIONS = [
 ]
 
 
-def _bytes_of(array: Any) -> int:
-    return int(np.prod(array.shape, dtype=int)) * np.dtype(array.dtype).itemsize
+_compiled: dict[str, bytes] = {}  # object files by the names of their kernels
 
 
 class Emulated:
@@ -346,7 +343,6 @@ class Emulated:
         self.executed: collections.Counter[str] = collections.Counter()
         self._threads = threads
         self._model = MODELS.get(machine.cpu, arm.UC_CPU_ARM64_MAX)
-        self._code: dict[str, bytes] = {}
         for module in (launch, product):
             monkeypatch.setattr(module, "this_machine", lambda: machine)
             monkeypatch.setattr(module, "registered", self._registered)
@@ -354,8 +350,8 @@ class Emulated:
 
     def _registered(self, kernel: Kernel, machine: Machine) -> str:
         name = build.name_of(kernel, machine)
-        if name not in self._code:
-            self._code[name] = _compiled(kernel, machine)
+        if name not in _compiled:
+            _compiled[name] = build.compile_object(kernel, machine, TRIPLE)
         return name
 
     def _ffi_call(self, name: str, results: Any) -> Callable[..., Any]:
@@ -365,7 +361,7 @@ class Emulated:
             def emulate(*arrays: Any) -> Any:
                 operands, found = [np.asarray(x) for x in arrays], []
                 for at_end in (True, False):
-                    process = Process(self._code[name], self._threads, at_end, self._model)
+                    process = Process(_compiled[name], self._threads, at_end, self._model)
                     found.append(process.call(operands, list(several), **attributes))
                 out, again = found
                 for x, y in zip(out, again, strict=True):
@@ -391,13 +387,3 @@ def instructions_of_a_position(machine: Machine, case: Case, patch: pytest.Monke
         executed.append(calls.executed)
     less, more = executed
     return collections.Counter({name: round((more[name] - less[name]) / 128) for name in more})
-
-
-_kept: dict[str, bytes] = {}
-
-
-def _compiled(kernel: Kernel, machine: Machine) -> bytes:
-    name = build.name_of(kernel, machine)
-    if name not in _kept:
-        _kept[name] = build.compile_object(kernel, machine, TRIPLE)
-    return _kept[name]

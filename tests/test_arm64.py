@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from arm64 import MACHINES, Emulated, instructions_of_a_position
-from cases import TOLERANCE, Case, assert_close, call_numba, run_reference
+from cases import TOLERANCE, Case, assert_close, assert_out_close, call_numba, run_reference
 from test_row_product import LAYOUTS, MANY, assert_exact, in_blocks, inputs
 
 from benchmarks import arm_static
@@ -113,6 +113,12 @@ def emulated(name: str, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     return Emulated(MACHINES[name], monkeypatch)
 
 
+def attend(kwargs: dict[str, Any], *arrays: np.ndarray) -> np.ndarray:
+    return np.asarray(
+        jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*arrays)
+    )
+
+
 def assert_executed(calls: Emulated, name: str, case: Case) -> None:
     """On the processor that is meant, with the products that it has of those that the emulator does not know."""
     assert calls.calls == 1
@@ -137,11 +143,7 @@ def test_against_oracle(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", ["apple-m1", "neoverse-v2"])
 def test_where_16_bits_are_kept_of_the_result(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = emulated(name, monkeypatch)
-    args, kwargs = case.inputs()
-    out = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*args)
-    expected, _ = run_reference(args, kwargs)
-    tolerance = TOLERANCE[case.dtype] * max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0, atol=tolerance)
+    assert_out_close(case)
     assert_executed(calls, name, case)
 
 
@@ -152,17 +154,11 @@ def test_many_lengths(int8: bool, dtype: str, group: int, monkeypatch: pytest.Mo
     case = Case(batch=24, heads=group, kv_heads=1, head_dim=20, capacity=72, int8=int8, dtype=dtype, lengths=None)
     args, kwargs = case.inputs()
     kwargs["actual_seq_lengths"] = np.arange(1, 72, 3, dtype=np.int32)
-    out = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*args)
+    out = attend(kwargs, *args)
     expected, _ = run_reference(args, kwargs)
     largest = np.maximum(1, np.abs(expected).max(axis=-1, keepdims=True))
-    np.testing.assert_allclose(np.asarray(out, np.float64) / largest, expected / largest, rtol=0, atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(out.astype(np.float64) / largest, expected / largest, rtol=0, atol=TOLERANCE[dtype])
     assert_executed(calls, "neoverse-v2", case)
-
-
-def attend(kwargs: dict[str, Any], *arrays: np.ndarray) -> np.ndarray:
-    return np.asarray(
-        jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*arrays)
-    )
 
 
 def test_nan_behind_the_lengths_and_pages_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from cases import TOLERANCE, Case, assert_close, call_numba, run_reference
+from cases import TOLERANCE, Case, assert_close, assert_out_close, call_numba, run_reference
 from llvmlite import ir
 
 import numba_kernels
@@ -116,14 +116,6 @@ FEWER_DIGITS = [
 def test_where_16_bits_are_kept_of_the_result(case: Case) -> None:
     """The grid asks for the LSE, which is float32."""
     assert_out_close(case)
-
-
-def assert_out_close(case: Case) -> None:
-    args, kwargs = case.inputs()
-    out = jax.jit(lambda q, k, v: incre_flash_attention(q, k, v, implementation="numba", **kwargs))(*args)
-    expected, _ = run_reference(args, kwargs)
-    tolerance = TOLERANCE[case.dtype] * max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
