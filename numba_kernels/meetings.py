@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
+from numba_kernels import block_dots
 from numba_kernels.machine import Machine
 from numba_kernels.tiles import Tile, number
 from numba_kernels.vectors import F32, I32, I64, Vectors
@@ -37,6 +38,7 @@ def make(machine: Machine, kind: str | None) -> dict[str, Tile]:
         Tile("dot_many", 10, _dot_rows(READERS[None], MANY if machine.registers >= 32 else MANY[1:])),
         Tile("expand", 5, _expand(READERS[kind])),
         Tile("copy", 3, _copy),
+        *block_dots.make(machine, kind),
         number("in_blocks", int(kind is not None)),
         number("row_itemsize", 1 if kind else 4),
     )

@@ -12,17 +12,21 @@ from numba_kernels.native import allocate, native, release, store_int64, up, wor
 from numba_kernels.sharing import OWN, done, leave, new_block, share, take
 from numba_kernels.vectors import LINE
 
-FROM = 5  # rows of x that are many
+SPLIT = 12  # rows of x, at most, that are split into digits where the matrix and the processor allow for it
+FROM = 5  # rows of x that are many, otherwise
 GROUP = MANY[0].vectors  # of many, those that meet a piece of the matrix before the next do
 NEAR = 128  # rows of x: the lines of more rows of the result do not stay in the caches until all sums are in them
 SLAB = 768  # inputs that they meet at a time: what of eight rows of x stays in the first-level cache
 PIECE = 1 << 19  # bytes of the matrix, as float32, that many rows of x meet one group after another
 LEAST_WEIGHTS = 1 << 17  # of a range: where one begins, the memory's own fetching ahead has to begin anew
 RANGES_PER_THREAD = 8  # at most
-X, MATRIX, OUT, BATCH, OUTPUTS, INPUTS, STRIDE, LENGTH, WORDS = range(OWN, OWN + 9)  # of the shared block
+X, MATRIX, OUT, BATCH, OUTPUTS, INPUTS, STRIDE, LENGTH, DIGITS, WORDS = range(OWN, OWN + 10)  # of the shared block
 
 
 dot_few = linked("dot_few", 10)
+dot_digits = linked("dot_digits", 8)
+split_row = linked("split_row", 3)
+digits_size = linked("digits_size", 1)
 dot_many = linked("dot_many", 10)
 expand = linked("expand", 5)
 copy = linked("copy", 3)
@@ -36,6 +40,9 @@ def multiply(block, first, end):  # type: ignore[no-untyped-def]
     x, out, batch = word(block, X), word(block, OUT) + 4 * first, word(block, BATCH)
     outputs, inputs, stride = word(block, OUTPUTS), word(block, INPUTS), word(block, STRIDE)
     matrix = word(block, MATRIX) + stride * first
+    if word(block, DIGITS) != 0:
+        dot_digits(word(block, DIGITS), matrix, out, end - first, batch, outputs, inputs, stride)
+        return
     piece = min(max(1, PIECE // (4 * inputs)), end - first)
     line = up(4 * piece, LINE)  # bytes of the sums of one row of x
     room = allocate(GROUP * line + (4 * inputs * piece if in_blocks() != 0 else 0)) if batch >= FROM else 0
@@ -59,6 +66,17 @@ def multiply(block, first, end):  # type: ignore[no-untyped-def]
                 for i in range(some):
                     copy(room + line * i, own + 4 * outputs * i, count)
     release(room)
+
+
+@native
+def split(x, digits, size, batch, inputs):  # type: ignore[no-untyped-def]
+    """Put all rows of x in digits; their address, or 0 if they have none."""
+    if size == 0:
+        return 0
+    for b in range(batch):
+        if split_row(x + 4 * inputs * b, digits + size * b, inputs) == 0:
+            return 0
+    return digits
 
 
 @native
@@ -93,9 +111,11 @@ def handle(frame):  # type: ignore[no-untyped-def]
     length = (outputs + ranges - 1) // ranges
     ranges = (outputs + length - 1) // length
     threads = min(threads, ranges)
-    block = new_block(8 * WORDS, ranges, threads)
+    size = digits_size(inputs) if batch <= SPLIT else 0
+    block = new_block(8 * WORDS + LINE + size * batch, ranges, threads)
     if block == 0:
         return 1
+    store_int64(block + 8 * DIGITS, split(word(x, DATA), up(block + 8 * WORDS, LINE), size, batch, inputs))
     store_int64(block + 8 * X, word(x, DATA))
     store_int64(block + 8 * MATRIX, word(matrix, DATA))
     store_int64(block + 8 * OUT, word(out, DATA))

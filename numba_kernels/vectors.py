@@ -170,11 +170,15 @@ class Vectors:
         if form.pack == 2:
             name, kind = self.machine.bfloat16_dot, ir.VectorType(_BFLOAT, 2 * self.lanes)
             a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
-        else:
-            name, kind = self.machine.int8_dot, ir.VectorType(I8, 4 * self.lanes)
-            a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
-            if unsigned == "b" and not form.signed:
-                a, b = b, a
+            return self.builder.call(self.function(str(name), total.type, (total.type, kind, kind)), (total, a, b))
+        if unsigned == "b" and not form.signed:
+            a, b = b, a
+        return self.dot_bytes(total, a, b)
+
+    def dot_bytes(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Add the dot products of quads of bytes, uint8 in a where not both are signed, to int32 lanes."""
+        name, kind = self.machine.int8_dot, ir.VectorType(I8, 4 * self.lanes)
+        a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
         return self.builder.call(self.function(str(name), total.type, (total.type, kind, kind)), (total, a, b))
 
     def as_floats(self, vector: ir.Value) -> ir.Value:

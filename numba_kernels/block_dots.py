@@ -1,0 +1,248 @@
+"""A few rows of x meet rows of a matrix in blocks, by narrow dot products of bytes.
+
+A code is a byte, or half of one. So x is split into bytes too: in a block x = step * X, where the step is a power of
+two and X has three bytes with a sign each. What a block adds to a dot product is
+
+    scale * step * sum(code * X) + minimum * sum(x)
+
+of which the first sum is exact, in int32. X has 23 bits (22 beside codes of 8 bits), nearly float32's own precision of
+the block's largest element.
+
+A span is as many blocks as two vectors of codes hold, one for every four lanes; a strip as many as there are lanes.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+
+from numba_kernels.blocks import BLOCK, LAYOUTS
+from numba_kernels.machine import Machine
+from numba_kernels.tiles import Tile, number
+from numba_kernels.vectors import F16, F32, I8, I16, I32, I64, LINE, Vectors
+
+AT_ONCE = (4, 2, 1)  # rows of x that meet a row of the matrix
+VECTORS = 2  # of codes, in a span
+DIGITS = 3
+# Bits of X: what three signed bytes hold, and so few that the sum of a lane's four or eight products has room in int32.
+BITS = {"q4_1": 23, "q8_0": 22}
+MARGIN = 1.004  # three signed bytes hold 2**23 / MARGIN, and not 2**23
+AHEAD = 1 << 12  # bytes that are fetched ahead: what the processor fetches by itself ends with a page of memory
+LEAST_EXPONENT = 30  # of a block's largest, as float32 stores it: of a smaller one the step would be no normal number
+RAISED = 0x80808080 - 2**32  # 128 in every byte
+
+
+class Digits:
+    """How a row of x is split for matrices of a kind, and where that lies.
+
+    There is a part for every vector of codes, of `rows` vectors: the bytes that meet the codes, the highest first; and,
+    where codes are raised by 128 to be unsigned, int32 that take it back. Behind all parts there are every block's
+    step, then its sum of x, float32. All of it is as for whole strips, and 0 where there are no inputs.
+    """
+
+    def __init__(self, kind: str, machine: Machine) -> None:
+        self.kind, self.layout = kind, LAYOUTS[kind]
+        self.halves = kind == "q4_1"  # a byte has two codes: one vector has the first halves of blocks, one the second
+        self.raises = not self.halves and not machine.int8_signed
+        self.rows = DIGITS + self.raises
+        self.span = VECTORS * 4 * machine.lanes // BLOCK
+
+    def blocks(self, v: Vectors, inputs: ir.Value) -> ir.Value:
+        """Those of whole strips."""
+        return v.builder.mul(v.over(inputs, BLOCK * v.lanes), ir.Constant(I64, v.lanes))
+
+    def size(self, v: Vectors, inputs: ir.Value) -> ir.Value:
+        """Bytes of one row."""
+        return v.builder.mul(self.blocks(v, inputs), ir.Constant(I64, BLOCK * self.rows + 4 + 4))
+
+    def numbers(self, v: Vectors, digits: ir.Value, inputs: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The addresses of the steps and of the sums of a row."""
+        blocks = self.blocks(v, inputs)
+        steps = v.address(digits, blocks, BLOCK * self.rows)
+        return steps, v.address(steps, blocks, 4)
+
+    def place(self, v: Vectors, block: ir.Value, element: int) -> ir.Value:
+        """Bytes from the beginning of a row to the highest digit of an element of a block."""
+        builder, size = v.builder, 4 * v.lanes
+
+        def divide(number: ir.Value, by: int) -> tuple[ir.Value, ir.Value]:
+            return builder.udiv(number, ir.Constant(I64, by)), builder.urem(number, ir.Constant(I64, by))
+
+        if self.halves:
+            half, byte = divmod(element, BLOCK // 2)
+            span, inside = divide(block, self.span)
+            vector = v.address(ir.Constant(I64, half), span, VECTORS)
+            offset = v.address(ir.Constant(I64, byte), inside, BLOCK // 2)
+        else:
+            vector, offset = divide(v.address(ir.Constant(I64, element), block, BLOCK), size)
+        return v.address(offset, vector, size * self.rows)
+
+
+def make(machine: Machine, kind: str | None) -> tuple[Tile, ...]:
+    """Steps of a product with a matrix of a kind; without narrow products, what says that a row of x has no digits."""
+    if kind is None or machine.int8_dot is None:
+        nothing = [("digits_size", 1), ("split_row", 3), ("dot_digits", 8)]
+        return tuple(number(name, 0, arguments) for name, arguments in nothing)
+    form = Digits(kind, machine)
+    return Tile("digits_size", 1, form.size, number=True), _split_row(form), _dot_digits(form)
+
+
+def _split_row(form: Digits) -> Tile:
+    """(x, digits, inputs): split a row of x. The answer is 1, or 0 if it has what no digits hold: inf or NaN."""
+
+    def body(v: Vectors, x: Any, digits: Any, inputs: Any) -> ir.Value:
+        builder, size, zero = v.builder, 4 * v.lanes, v.constant(v.floats, 0.0)
+        steps, sums = form.numbers(v, digits, inputs)
+        with v.loop(builder.udiv(form.size(v, inputs), ir.Constant(I64, size))) as i:
+            v.store(v.constant(v.ints, 0), v.address(digits, i, size))
+        wrong = v.variable_of(zero)
+        with v.loop(builder.udiv(inputs, ir.Constant(I64, BLOCK))) as block:
+            at = v.address(x, block, 4 * BLOCK)
+            found = [v.load(v.address(at, i, 4), v.floats) for i in range(0, BLOCK, v.lanes)]
+            larger = [builder.fmul(v.float_function("fabs", part), v.constant(v.floats, MARGIN)) for part in found]
+            for part in larger:
+                builder.store(v.float_function("fma", part, zero, builder.load(wrong)), wrong)  # NaN of NaN and inf
+            step, inverse = _step(v, v.reduce("max", larger), BITS[form.kind])
+            v.store(step, v.address(steps, block, 4))
+            v.store(v.reduce("fadd", found), v.address(sums, block, 4))
+            for i, part in enumerate(found):
+                whole = builder.fptosi(v.float_function("rint", builder.fmul(part, v.splat(inverse))), v.ints)
+                place = builder.add(digits, form.place(v, block, v.lanes * i))
+                for digit in reversed(range(DIGITS)):
+                    low = builder.trunc(whole, ir.VectorType(I8, v.lanes))
+                    v.store(low, v.address(place, digit, size))
+                    whole = builder.ashr(builder.sub(whole, builder.sext(low, v.ints)), v.constant(v.ints, 8))
+        if form.raises:
+            with v.loop(builder.udiv(builder.sub(steps, digits), ir.Constant(I64, form.rows * size))) as i:
+                part = v.address(digits, i, form.rows * size)
+                raised = _sums(v, [v.constant(v.ints, RAISED)], [part])
+                v.store(builder.sub(v.constant(v.ints, 0), raised), v.address(part, DIGITS, size))
+        fine = builder.fcmp_ordered("==", v.reduce("fadd", [builder.load(wrong)]), ir.Constant(F32, 0.0))
+        return builder.zext(fine, I64)
+
+    return Tile("split_row", 3, body)
+
+
+def _step(v: Vectors, largest: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
+    """The step of which `largest` has so many bits at most, and 1 / step."""
+    builder, least = v.builder, ir.Constant(I32, LEAST_EXPONENT)
+    exponent = builder.lshr(builder.bitcast(largest, I32), ir.Constant(I32, 23))
+    exponent = builder.select(builder.icmp_unsigned("<", exponent, least), least, exponent)
+    exponent = builder.sub(exponent, ir.Constant(I32, bits - 1))
+    both = exponent, builder.sub(ir.Constant(I32, 2 * 127), exponent)
+    step, inverse = (builder.bitcast(builder.shl(x, ir.Constant(I32, 23)), F32) for x in both)
+    return step, inverse
+
+
+def _sums(v: Vectors, codes: list[ir.Value], parts: list[ir.Value]) -> ir.Value:
+    """sum(code * X) of every lane, of some vectors of codes and the addresses of what they meet."""
+    # A sum for each digit: if each went on from the one before, the processor would mostly wait.
+    sums = [v.constant(v.ints, 0)] * DIGITS
+    for code, part in zip(codes, parts, strict=True):
+        x = [v.load(v.address(part, digit, 4 * v.lanes), v.ints) for digit in range(DIGITS)]
+        sums = [v.dot_bytes(total, code, digit) for total, digit in zip(sums, x, strict=True)]
+    high, middle, low = sums
+    return v.builder.add(v.shift(high, 16), v.builder.add(v.shift(middle, 8), low))
+
+
+def _dot_digits(form: Digits) -> Tile:
+    """(digits, matrix, out, count, batch, outputs, inputs, stride): `count` rows of the matrix, all rows of x."""
+
+    def body(v: Vectors, digits: ir.Value, matrix: ir.Value, out: ir.Value, count: ir.Value, *sizes: ir.Value) -> None:
+        builder = v.builder
+        batch, outputs, inputs, stride = sizes
+        size = form.size(v, inputs)
+        done = v.variable_of(ir.Constant(I64, 0))
+        for some in AT_ONCE:
+            with v.loop(builder.udiv(builder.sub(batch, builder.load(done)), ir.Constant(I64, some))):
+                first = builder.load(done)
+                numbers = [builder.add(first, ir.Constant(I64, i)) for i in range(some)]
+                vectors = [builder.add(digits, builder.mul(b, size)) for b in numbers]
+                places = [v.address(out, builder.mul(b, outputs), 4) for b in numbers]
+                with v.loop(count) as r:
+                    row = builder.add(matrix, builder.mul(r, stride))
+                    for total, place in zip(_dots(v, form, row, vectors, inputs), places, strict=True):
+                        v.store(v.reduce("fadd", [total]), v.address(place, r, 4))
+                builder.store(builder.add(first, ir.Constant(I64, some)), done)
+
+    return Tile("dot_digits", 8, body)
+
+
+def _dots(v: Vectors, form: Digits, row: ir.Value, vectors: list[ir.Value], inputs: ir.Value) -> list[ir.Value]:
+    """The dot products of a row of the matrix with rows of x at some addresses, in lanes that are yet to be summed."""
+    builder, layout, size = v.builder, form.layout, 4 * v.lanes
+    lanes, blocks = ir.Constant(I64, v.lanes), builder.udiv(inputs, ir.Constant(I64, BLOCK))
+    totals = [v.variable(v.floats) for _ in vectors]
+    for total in totals:
+        builder.store(v.constant(v.floats, 0.0), total)
+
+    def strip(first: ir.Value, left: ir.Value | None) -> None:
+        """The blocks from `first` on: as many as there are lanes, or so many as are left."""
+        if left is None:
+            fetch(first, v.lanes)
+        kind = ir.VectorType(I16, v.lanes)
+        places = [v.address(v.address(row, blocks, layout.codes + 2 * i), first, 2) for i in range(layout.numbers)]
+        bits = [v.load(at, kind) if left is None else v.load_first(at, kind, left) for at in places]
+        scale, *minimum = (builder.fpext(builder.bitcast(x, ir.VectorType(F16, v.lanes)), v.floats) for x in bits)
+        factors = []
+        for total, digits in zip(totals, vectors, strict=True):
+            step, sum_ = (v.load(v.address(at, first, 4), v.floats) for at in form.numbers(v, digits, inputs))
+            factors.append(builder.fmul(scale, step))
+            if minimum:
+                builder.store(v.float_function("fma", minimum[0], sum_, builder.load(total)), total)
+        for begin in range(0, v.lanes, form.span):
+            block = v.address(first, begin, 1)
+            if left is None:
+                span(block, None, [(x, begin) for x in factors])
+                continue
+            here = builder.sub(left, ir.Constant(I64, begin))
+            with builder.if_then(builder.icmp_signed(">", here, ir.Constant(I64, 0))):
+                fetch(block, form.span)
+                span(block, here, [(x, begin) for x in factors])
+
+    def fetch(first: ir.Value, count: int) -> None:
+        """What lies ahead of so many blocks."""
+        at = v.address(v.address(row, AHEAD, 1), first, layout.size)
+        for i in range(-(-count * layout.size // LINE)):
+            v.prefetch(v.address(at, i, LINE))
+
+    def codes_of(block: ir.Value, left: ir.Value | None) -> list[ir.Value]:
+        """The codes of a span, in two vectors; zeros behind the blocks that are left."""
+        read = []
+        for i in range(1 if form.halves else VECTORS):
+            at = v.address(v.address(row, block, layout.codes), i, size)
+            if left is None:
+                read.append(v.load(at, v.ints))
+            else:
+                words = builder.mul(left, ir.Constant(I64, layout.codes // 4))
+                read.append(v.load_first(at, v.ints, builder.sub(words, ir.Constant(I64, i * v.lanes))))
+        if form.halves:
+            return [builder.and_(x, v.constant(v.ints, 0x0F0F0F0F)) for x in (read[0], v.shift(read[0], -4))]
+        return [builder.xor(x, v.constant(v.ints, RAISED)) for x in read] if form.raises else read
+
+    def span(block: ir.Value, left: ir.Value | None, factors: list[tuple[ir.Value, int]]) -> None:
+        """The blocks from `block` on; their factors are lanes of a vector, from one on."""
+        codes = codes_of(block, left)
+        spans = builder.udiv(block, ir.Constant(I64, form.span))
+        for total, digits, (factor, begin) in zip(totals, vectors, factors, strict=True):
+            part = v.address(digits, spans, VECTORS * form.rows * size)
+            parts = [v.address(part, i, form.rows * size) for i in range(VECTORS)]
+            # A lane has four codes of one block; of halves, two lanes that belong to one block are summed as one.
+            summed = [range(VECTORS)] if form.halves else [range(i, i + 1) for i in range(VECTORS)]
+            for which in summed:
+                whole = _sums(v, [codes[i] for i in which], [parts[i] for i in which])
+                if form.raises:
+                    whole = builder.add(whole, v.load(v.address(parts[which[0]], DIGITS, size), v.ints))
+                of_block = BLOCK // 4 // len(which)  # lanes
+                own = [begin + (which[0] * v.lanes + lane) // of_block for lane in range(v.lanes)]
+                spread = v.shuffle(factor, factor, own)
+                total_ = v.float_function("fma", builder.sitofp(whole, v.floats), spread, builder.load(total))
+                builder.store(total_, total)
+
+    whole = builder.udiv(blocks, lanes)
+    with v.loop(whole) as i:
+        strip(builder.mul(i, lanes), None)
+    done = builder.mul(whole, lanes)
+    left = builder.sub(blocks, done)
+    with builder.if_then(builder.icmp_signed(">", left, ir.Constant(I64, 0))):
+        strip(done, left)
+    return [builder.load(total) for total in totals]
