@@ -1,5 +1,7 @@
 """The product of a few rows with a matrix that lies with its outputs first."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from numba_kernels import product
 from numba_kernels.blocks import BLOCK, LAYOUTS, BlockMatrix, take_rows
 from numba_kernels.machine import Machine, this_machine
 from numba_kernels.product import MOST_ROWS, row_product
+from numba_kernels.rows import SPLIT
 
-MANY = 5  # rows from which on a matrix in blocks is converted before it is multiplied
+MANY = 5  # rows from which on a matrix in blocks is converted before it is multiplied, where x is not split
 FOREIGN = "custom_call @jax_ifa_row_product"
 
 
@@ -91,9 +94,19 @@ def test_weights_in_blocks_are_the_files_own_bit_by_bit(kind: str) -> None:
         np.testing.assert_array_equal(jax.jit(row_product)(one, matrix)[0], weights[:, i])
 
 
-@pytest.mark.parametrize("lesser", [dict(lanes=8, registers=16), dict(lanes=4)], ids=["8 lanes", "4 lanes"])
-def test_processors_with_narrower_vectors(lesser: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "lesser",
+    [
+        dict(lanes=8, registers=16, int8_dot=None),
+        dict(lanes=8, registers=16, int8_dot="llvm.x86.avx512.vpdpbusd.256"),
+        dict(lanes=4, int8_dot=None),
+    ],
+    ids=["8 lanes", "8 lanes, bytes", "4 lanes"],
+)
+def test_processors_with_narrower_vectors(lesser: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     machine = this_machine()
+    if lesser["int8_dot"] and machine.int8_dot is None:
+        pytest.skip("needs narrow dot products of bytes")
     fields = {field: getattr(machine, field) for field in Machine.__dataclass_fields__}
     monkeypatch.setattr(product, "this_machine", lambda: Machine(**fields | lesser))
     x, matrix = inputs((2,), 40, 77)
@@ -115,7 +128,7 @@ def test_what_is_not_a_number_reaches_its_outputs_and_no_other() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("rows", [2, MANY])
+@pytest.mark.parametrize("rows", [2, MANY, SPLIT + 1])
 def test_with_blocks_what_is_not_a_number_reaches_its_row_and_no_other(kind: str, rows: int) -> None:
     blocks, weights = in_blocks(6, 64, kind)
     x, _ = inputs((rows,), 6, 64)
