@@ -1,7 +1,8 @@
-"""A few rows of x meet rows of a matrix in blocks, by narrow dot products of bytes.
+"""A few rows of x meet rows of a matrix in blocks, by narrow dot products of integers.
 
-A code is a byte, or half of one. So x is split into bytes too: in a block x = step * X, where the step is a power of
-two and X has three bytes with a sign each. What a block adds to a dot product is
+A code is a byte, or half of one. So x is made of digits that meet codes: in a block x = step * X, where the step is a
+power of two and X has three bytes with a sign each, or two int16 for processors without products of bytes. What a
+block adds to a dot product is
 
     scale * step * sum(code * X) + minimum * sum(x)
 
@@ -18,15 +19,15 @@ from llvmlite import ir
 from numba_kernels.blocks import BLOCK, LAYOUTS
 from numba_kernels.machine import Machine
 from numba_kernels.tiles import Tile, number
-from numba_kernels.vectors import F16, F32, I8, I16, I32, I64, LINE, Vectors
+from numba_kernels.vectors import F16, F32, I8, I16, I32, I64, Vectors
+from numba_kernels.weights import fetch_blocks
 
 AT_ONCE = (4, 2, 1)  # rows of x that meet a row of the matrix
+MOST = {4: 12, 2: 3}  # rows of x that are split at most, by codes in a lane: more are multiplied faster as float32
 VECTORS = 2  # of codes, in a span
-DIGITS = 3
-# Bits of X: what three signed bytes hold, and so few that the sum of a lane's four or eight products has room in int32.
+# Bits of X: what three signed bytes hold, and so few that the sum of a lane's products has room in int32.
 BITS = {"q4_1": 23, "q8_0": 22}
 MARGIN = 1.004  # three signed bytes hold 2**23 / MARGIN, and not 2**23
-AHEAD = 1 << 12  # bytes that are fetched ahead: what the processor fetches by itself ends with a page of memory
 LEAST_EXPONENT = 30  # of a block's largest, as float32 stores it: of a smaller one the step would be no normal number
 RAISED = 0x80808080 - 2**32  # 128 in every byte
 
@@ -34,17 +35,20 @@ RAISED = 0x80808080 - 2**32  # 128 in every byte
 class Digits:
     """How a row of x is split for matrices of a kind, and where that lies.
 
-    There is a part for every vector of codes, of `rows` vectors: the bytes that meet the codes, the highest first; and,
-    where codes are raised by 128 to be unsigned, int32 that take it back. Behind all parts there are every block's
+    There is a part for every vector of codes, of `rows` vectors: the digits that meet the codes, the highest first;
+    and, where codes are raised by 128 to be unsigned, int32 that take it back. Behind all parts there are every block's
     step, then its sum of x, float32. All of it is as for whole strips, and 0 where there are no inputs.
     """
 
     def __init__(self, kind: str, machine: Machine) -> None:
         self.kind, self.layout = kind, LAYOUTS[kind]
         self.halves = kind == "q4_1"  # a byte has two codes: one vector has the first halves of blocks, one the second
-        self.raises = not self.halves and not machine.int8_signed
-        self.rows = DIGITS + self.raises
-        self.span = VECTORS * 4 * machine.lanes // BLOCK
+        self.pack = 4 if machine.int8_dot else 2  # codes in a lane
+        self.digits, self.bits = {4: 3, 2: 2}[self.pack], 32 // self.pack
+        self.raises = self.pack == 4 and not self.halves and not machine.int8_signed
+        self.rows = self.digits + self.raises
+        self.span = VECTORS * self.pack * machine.lanes // BLOCK
+        self.block_bytes = BLOCK // self.pack * 4 * self.rows  # of a block's parts
 
     def blocks(self, v: Vectors, inputs: ir.Value) -> ir.Value:
         """Those of whole strips."""
@@ -52,38 +56,42 @@ class Digits:
 
     def size(self, v: Vectors, inputs: ir.Value) -> ir.Value:
         """Bytes of one row."""
-        return v.builder.mul(self.blocks(v, inputs), ir.Constant(I64, BLOCK * self.rows + 4 + 4))
+        return v.builder.mul(self.blocks(v, inputs), ir.Constant(I64, self.block_bytes + 4 + 4))
 
     def numbers(self, v: Vectors, digits: ir.Value, inputs: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The addresses of the steps and of the sums of a row."""
         blocks = self.blocks(v, inputs)
-        steps = v.address(digits, blocks, BLOCK * self.rows)
+        steps = v.address(digits, blocks, self.block_bytes)
         return steps, v.address(steps, blocks, 4)
 
     def place(self, v: Vectors, block: ir.Value, element: int) -> ir.Value:
         """Bytes from the beginning of a row to the highest digit of an element of a block."""
-        builder, size = v.builder, 4 * v.lanes
+        builder, codes = v.builder, self.pack * v.lanes
 
         def divide(number: ir.Value, by: int) -> tuple[ir.Value, ir.Value]:
             return builder.udiv(number, ir.Constant(I64, by)), builder.urem(number, ir.Constant(I64, by))
 
         if self.halves:
-            half, byte = divmod(element, BLOCK // 2)
-            span, inside = divide(block, self.span)
+            half, inside = divmod(element, BLOCK // 2)
+            span, which = divide(block, self.span)
             vector = v.address(ir.Constant(I64, half), span, VECTORS)
-            offset = v.address(ir.Constant(I64, byte), inside, BLOCK // 2)
+            code = v.address(ir.Constant(I64, inside), which, BLOCK // 2)
         else:
-            vector, offset = divide(v.address(ir.Constant(I64, element), block, BLOCK), size)
-        return v.address(offset, vector, size * self.rows)
+            vector, code = divide(v.address(ir.Constant(I64, element), block, BLOCK), codes)
+        return builder.add(
+            builder.mul(vector, ir.Constant(I64, 4 * v.lanes * self.rows)),
+            builder.mul(code, ir.Constant(I64, 4 // self.pack)),
+        )
 
 
 def make(machine: Machine, kind: str | None) -> tuple[Tile, ...]:
     """Steps of a product with a matrix of a kind; without narrow products, what says that a row of x has no digits."""
-    if kind is None or machine.int8_dot is None:
-        nothing = [("digits_size", 1), ("split_row", 3), ("dot_digits", 8)]
+    if kind is None or machine.int8_dot is machine.int16_dot is None:
+        nothing = [("most_split", 0), ("digits_size", 1), ("split_row", 3), ("dot_digits", 8)]
         return tuple(number(name, 0, arguments) for name, arguments in nothing)
     form = Digits(kind, machine)
-    return Tile("digits_size", 1, form.size, number=True), _split_row(form), _dot_digits(form)
+    size = Tile("digits_size", 1, form.size, number=True)
+    return number("most_split", MOST[form.pack]), size, _split_row(form), _dot_digits(form)
 
 
 def _split_row(form: Digits) -> Tile:
@@ -107,15 +115,16 @@ def _split_row(form: Digits) -> Tile:
             for i, part in enumerate(found):
                 whole = builder.fptosi(v.float_function("rint", builder.fmul(part, v.splat(inverse))), v.ints)
                 place = builder.add(digits, form.place(v, block, v.lanes * i))
-                for digit in reversed(range(DIGITS)):
-                    low = builder.trunc(whole, ir.VectorType(I8, v.lanes))
+                for digit in reversed(range(form.digits)):
+                    low = builder.trunc(whole, ir.VectorType(ir.IntType(form.bits), v.lanes))
                     v.store(low, v.address(place, digit, size))
-                    whole = builder.ashr(builder.sub(whole, builder.sext(low, v.ints)), v.constant(v.ints, 8))
+                    whole = builder.sub(whole, builder.sext(low, v.ints))
+                    whole = builder.ashr(whole, v.constant(v.ints, form.bits))
         if form.raises:
             with v.loop(builder.udiv(builder.sub(steps, digits), ir.Constant(I64, form.rows * size))) as i:
                 part = v.address(digits, i, form.rows * size)
-                raised = _sums(v, [v.constant(v.ints, RAISED)], [part])
-                v.store(builder.sub(v.constant(v.ints, 0), raised), v.address(part, DIGITS, size))
+                raised = _sums(v, form, [v.constant(v.ints, RAISED)], [part])
+                v.store(builder.sub(v.constant(v.ints, 0), raised), v.address(part, form.digits, size))
         fine = builder.fcmp_ordered("==", v.reduce("fadd", [builder.load(wrong)]), ir.Constant(F32, 0.0))
         return builder.zext(fine, I64)
 
@@ -133,15 +142,17 @@ def _step(v: Vectors, largest: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]
     return step, inverse
 
 
-def _sums(v: Vectors, codes: list[ir.Value], parts: list[ir.Value]) -> ir.Value:
+def _sums(v: Vectors, form: Digits, codes: list[ir.Value], parts: list[ir.Value]) -> ir.Value:
     """sum(code * X) of every lane, of some vectors of codes and the addresses of what they meet."""
     # A sum for each digit: if each went on from the one before, the processor would mostly wait.
-    sums = [v.constant(v.ints, 0)] * DIGITS
+    sums = [v.constant(v.ints, 0)] * form.digits
     for code, part in zip(codes, parts, strict=True):
-        x = [v.load(v.address(part, digit, 4 * v.lanes), v.ints) for digit in range(DIGITS)]
-        sums = [v.dot_bytes(total, code, digit) for total, digit in zip(sums, x, strict=True)]
-    high, middle, low = sums
-    return v.builder.add(v.shift(high, 16), v.builder.add(v.shift(middle, 8), low))
+        x = [v.load(v.address(part, digit, 4 * v.lanes), v.ints) for digit in range(form.digits)]
+        sums = [v.dot_integers(total, code, digit, form.pack) for total, digit in zip(sums, x, strict=True)]
+    *higher, whole = sums
+    for i, total in enumerate(reversed(higher)):
+        whole = v.builder.add(v.shift(total, form.bits * (i + 1)), whole)
+    return whole
 
 
 def _dot_digits(form: Digits) -> Tile:
@@ -178,7 +189,7 @@ def _dots(v: Vectors, form: Digits, row: ir.Value, vectors: list[ir.Value], inpu
     def strip(first: ir.Value, left: ir.Value | None) -> None:
         """The blocks from `first` on: as many as there are lanes, or so many as are left."""
         if left is None:
-            fetch(first, v.lanes)
+            fetch_blocks(v, row, layout, first, v.lanes)
         kind = ir.VectorType(I16, v.lanes)
         places = [v.address(v.address(row, blocks, layout.codes + 2 * i), first, 2) for i in range(layout.numbers)]
         bits = [v.load(at, kind) if left is None else v.load_first(at, kind, left) for at in places]
@@ -196,27 +207,27 @@ def _dots(v: Vectors, form: Digits, row: ir.Value, vectors: list[ir.Value], inpu
                 continue
             here = builder.sub(left, ir.Constant(I64, begin))
             with builder.if_then(builder.icmp_signed(">", here, ir.Constant(I64, 0))):
-                fetch(block, form.span)
+                fetch_blocks(v, row, layout, block, form.span)
                 span(block, here, [(x, begin) for x in factors])
-
-    def fetch(first: ir.Value, count: int) -> None:
-        """What lies ahead of so many blocks."""
-        at = v.address(v.address(row, AHEAD, 1), first, layout.size)
-        for i in range(-(-count * layout.size // LINE)):
-            v.prefetch(v.address(at, i, LINE))
 
     def codes_of(block: ir.Value, left: ir.Value | None) -> list[ir.Value]:
         """The codes of a span, in two vectors; zeros behind the blocks that are left."""
+        kind = ir.VectorType(I32, form.pack * v.lanes // 4)
         read = []
         for i in range(1 if form.halves else VECTORS):
-            at = v.address(v.address(row, block, layout.codes), i, size)
-            if left is None:
-                read.append(v.load(at, v.ints))
+            at = v.address(v.address(row, block, layout.codes), i, 4 * kind.count)
+            if left is None or form.span == 1:
+                some = v.load(at, kind)
             else:
                 words = builder.mul(left, ir.Constant(I64, layout.codes // 4))
-                read.append(v.load_first(at, v.ints, builder.sub(words, ir.Constant(I64, i * v.lanes))))
+                some = v.load_first(at, kind, builder.sub(words, ir.Constant(I64, i * kind.count)))
+            if form.pack == 2:
+                some = builder.bitcast(some, ir.VectorType(I8, 4 * kind.count))
+                some = (builder.zext if form.halves else builder.sext)(some, ir.VectorType(I16, 4 * kind.count))
+            read.append(v.as_ints(some))
         if form.halves:
-            return [builder.and_(x, v.constant(v.ints, 0x0F0F0F0F)) for x in (read[0], v.shift(read[0], -4))]
+            halves = v.constant(v.ints, {4: 0x0F0F0F0F, 2: 0x000F000F}[form.pack])
+            return [builder.and_(x, halves) for x in (read[0], v.shift(read[0], -4))]
         return [builder.xor(x, v.constant(v.ints, RAISED)) for x in read] if form.raises else read
 
     def span(block: ir.Value, left: ir.Value | None, factors: list[tuple[ir.Value, int]]) -> None:
@@ -229,10 +240,10 @@ def _dots(v: Vectors, form: Digits, row: ir.Value, vectors: list[ir.Value], inpu
             # A lane has four codes of one block; of halves, two lanes that belong to one block are summed as one.
             summed = [range(VECTORS)] if form.halves else [range(i, i + 1) for i in range(VECTORS)]
             for which in summed:
-                whole = _sums(v, [codes[i] for i in which], [parts[i] for i in which])
+                whole = _sums(v, form, [codes[i] for i in which], [parts[i] for i in which])
                 if form.raises:
-                    whole = builder.add(whole, v.load(v.address(parts[which[0]], DIGITS, size), v.ints))
-                of_block = BLOCK // 4 // len(which)  # lanes
+                    whole = builder.add(whole, v.load(v.address(parts[which[0]], form.digits, size), v.ints))
+                of_block = BLOCK // form.pack // len(which)  # lanes
                 own = [begin + (which[0] * v.lanes + lane) // of_block for lane in range(v.lanes)]
                 spread = v.shuffle(factor, factor, own)
                 total_ = v.float_function("fma", builder.sitofp(whole, v.floats), spread, builder.load(total))

@@ -12,8 +12,7 @@ from numba_kernels.native import allocate, native, release, store_int64, up, wor
 from numba_kernels.sharing import OWN, done, leave, new_block, share, take
 from numba_kernels.vectors import LINE
 
-SPLIT = 12  # rows of x, at most, that are split into digits where the matrix and the processor allow for it
-FROM = 5  # rows of x that are many, otherwise
+FROM = 5  # rows of x that are many, if they are not split
 GROUP = MANY[0].vectors  # of many, those that meet a piece of the matrix before the next do
 NEAR = 128  # rows of x: the lines of more rows of the result do not stay in the caches until all sums are in them
 SLAB = 768  # inputs that they meet at a time: what of eight rows of x stays in the first-level cache
@@ -27,6 +26,7 @@ dot_few = linked("dot_few", 10)
 dot_digits = linked("dot_digits", 8)
 split_row = linked("split_row", 3)
 digits_size = linked("digits_size", 1)
+most_split = linked("most_split")  # rows of x; 0 if they have no digits
 dot_many = linked("dot_many", 10)
 expand = linked("expand", 5)
 copy = linked("copy", 3)
@@ -111,7 +111,7 @@ def handle(frame):  # type: ignore[no-untyped-def]
     length = (outputs + ranges - 1) // ranges
     ranges = (outputs + length - 1) // length
     threads = min(threads, ranges)
-    size = digits_size(inputs) if batch <= SPLIT else 0
+    size = digits_size(inputs) if batch <= most_split() else 0
     block = new_block(8 * WORDS + LINE + size * batch, ranges, threads)
     if block == 0:
         return 1

@@ -162,24 +162,26 @@ class Vectors:
         """
         if form.pack == 1:
             return self.float_function("fma", self.as_floats(a), self.as_floats(b), total)
-        if form.words:
-            kind = ir.VectorType(I16, 2 * self.lanes)
-            a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
-            function = self.function(str(self.machine.int16_dot), self.ints, (kind, kind))
-            return self.builder.add(total, self.builder.call(function, (a, b)))
-        if form.pack == 2:
-            name, kind = self.machine.bfloat16_dot, ir.VectorType(_BFLOAT, 2 * self.lanes)
-            a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
-            return self.builder.call(self.function(str(name), total.type, (total.type, kind, kind)), (total, a, b))
-        if unsigned == "b" and not form.signed:
-            a, b = b, a
-        return self.dot_bytes(total, a, b)
-
-    def dot_bytes(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Add the dot products of quads of bytes, uint8 in a where not both are signed, to int32 lanes."""
-        name, kind = self.machine.int8_dot, ir.VectorType(I8, 4 * self.lanes)
+        if form.integer:
+            if unsigned == "b" and form.pack == 4 and not form.signed:
+                a, b = b, a
+            return self.dot_integers(total, a, b, form.pack)
+        name, kind = self.machine.bfloat16_dot, ir.VectorType(_BFLOAT, 2 * self.lanes)
         a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
         return self.builder.call(self.function(str(name), total.type, (total.type, kind, kind)), (total, a, b))
+
+    def dot_integers(self, total: ir.Value, a: ir.Value, b: ir.Value, pack: int) -> ir.Value:
+        """Add the dot products of pairs of int16, or of quads of bytes, to int32 lanes.
+
+        Bytes are uint8 in a and int8 in b, or int8 in both where the machine says so.
+        """
+        kind = ir.VectorType(ir.IntType(32 // pack), pack * self.lanes)
+        a, b = self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)
+        if pack == 2:
+            function = self.function(str(self.machine.int16_dot), self.ints, (kind, kind))
+            return self.builder.add(total, self.builder.call(function, (a, b)))
+        function = self.function(str(self.machine.int8_dot), self.ints, (self.ints, kind, kind))
+        return self.builder.call(function, (total, a, b))
 
     def as_floats(self, vector: ir.Value) -> ir.Value:
         """The same bits as float32 lanes."""

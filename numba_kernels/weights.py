@@ -11,13 +11,14 @@ from typing import Any
 
 from llvmlite import ir
 
-from numba_kernels.blocks import BLOCK, LAYOUTS
-from numba_kernels.vectors import F16, F32, I8, I16, I64, Vectors
+from numba_kernels.blocks import BLOCK, LAYOUTS, Layout
+from numba_kernels.vectors import F16, F32, I8, I16, I64, LINE, Vectors
 
 Meet = Callable[[ir.Value, list[list[ir.Value]], ir.Value | None], None]
 Reader = Callable[[Vectors, Sequence[ir.Value], ir.Value, Meet], None]
 TOGETHER = 2  # vectors of a float32 row
 AHEAD = 1 << 11  # bytes that are fetched ahead where there is so much to do that the processor does not by itself
+BLOCKS_AHEAD = 1 << 12  # the same of blocks: what the processor fetches by itself ends with a page of memory
 
 
 def _float32(v: Vectors, rows: Sequence[ir.Value], inputs: ir.Value, meet: Meet) -> None:
@@ -52,6 +53,8 @@ def _blocks(kind: str, weights: Callable[..., list[ir.Value]]) -> Reader:
         with v.loop(builder.udiv(more, lanes)) as strip:
             first = builder.mul(strip, lanes)
             left = builder.sub(blocks, first)
+            for row in rows:
+                fetch_blocks(v, row, layout, first, v.lanes)
             for row, rooms in zip(rows, converted, strict=True):
                 for k, room in enumerate(rooms):
                     place = v.address(v.address(row, blocks, layout.codes + 2 * k), first, 2)
@@ -68,6 +71,13 @@ def _blocks(kind: str, weights: Callable[..., list[ir.Value]]) -> Reader:
                 meet(at, [weights_of(row, rooms) for row, rooms in zip(rows, converted, strict=True)], None)
 
     return each
+
+
+def fetch_blocks(v: Vectors, row: ir.Value, layout: Layout, first: ir.Value, count: int) -> None:
+    """Have fetched what lies ahead of `count` blocks of a row, from the block `first` on."""
+    at = v.address(v.address(row, BLOCKS_AHEAD, 1), first, layout.size)
+    for i in range(-(-count * layout.size // LINE)):
+        v.prefetch(v.address(at, i, LINE))
 
 
 def _q4_1(v: Vectors, codes: ir.Value, scale: ir.Value, minimum: ir.Value) -> list[ir.Value]:

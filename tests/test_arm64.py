@@ -17,10 +17,10 @@ from benchmarks import arm_static
 from jax_ifa import incre_flash_attention
 from numba_kernels import build
 from numba_kernels import machine as machine_module
+from numba_kernels.block_dots import MOST
 from numba_kernels.formats import format_of
 from numba_kernels.machine import Machine
 from numba_kernels.product import RowProduct, row_product
-from numba_kernels.rows import SPLIT
 
 FEW = [
     Case(dtype="bfloat16", batch=3, capacity=150, head_dim=48, mask="4d", bias="batch"),
@@ -246,7 +246,7 @@ def test_row_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         x, matrix = inputs(rows, outputs, size)
         assert_exact(jax.jit(lambda x, matrix: row_product(x, matrix))(x, matrix), x, matrix)
     for kind in LAYOUTS:
-        for rows, outputs, size in [((), 33, 544), ((2,), 9, 32), ((MANY,), 300, 96), ((SPLIT + 1,), 20, 160)]:
+        for rows, outputs, size in [((), 33, 544), ((2,), 9, 32), ((MANY,), 300, 96), ((MOST[4] + 1,), 20, 160)]:
             blocks, weights = in_blocks(outputs, size, kind)
             x, _ = inputs(rows, outputs, size)
             assert_exact(jax.jit(lambda x, blocks: row_product(x, blocks))(x, blocks), x, weights)

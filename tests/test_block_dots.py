@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from test_row_product import KINDS, assert_exact, in_blocks, inputs
 
 from numba_kernels import block_dots, build, meetings, tiles
+from numba_kernels.block_dots import MOST
 from numba_kernels.blocks import BLOCK, LAYOUTS, BlockMatrix
 from numba_kernels.machine import Machine, this_machine
 from numba_kernels.product import row_product
-from numba_kernels.rows import SPLIT
 
 DIGITS = pytest.mark.skipif(this_machine().int8_dot is None, reason="needs narrow dot products of bytes")
 
@@ -29,7 +29,7 @@ def error_of_digits(x: np.ndarray, weights: np.ndarray, kind: str) -> np.ndarray
 
 
 @given(
-    rows=st.integers(1, SPLIT + 2),
+    rows=st.integers(1, MOST[4] + 2),
     outputs=st.integers(1, 9),
     blocks=st.integers(1, 37),
     kind=st.sampled_from([*LAYOUTS]),
@@ -45,10 +45,10 @@ def test_any_shape(rows: int, outputs: int, blocks: int, kind: str) -> None:
 def test_a_row_has_the_same_product_whatever_is_beside_it(kind: str) -> None:
     """Only digits do: many rows are added up in another order otherwise."""
     matrix, _ = in_blocks(70, 544, kind)
-    x, _ = inputs((SPLIT,), 3, 544)
+    x, _ = inputs((MOST[4],), 3, 544)
     run = jax.jit(row_product)
-    alone = np.concatenate([run(x[i : i + 1], matrix) for i in range(SPLIT)])
-    for rows in range(1, SPLIT + 1):
+    alone = np.concatenate([run(x[i : i + 1], matrix) for i in range(MOST[4])])
+    for rows in range(1, MOST[4] + 1):
         np.testing.assert_array_equal(run(x[:rows], matrix), alone[:rows])
 
 
@@ -134,16 +134,24 @@ class Guarded:
         return array
 
 
-@DIGITS
 @KINDS
-@pytest.mark.parametrize("lanes", [8, 16])
-def test_nothing_is_read_behind_the_end(kind: str, lanes: int) -> None:
+@pytest.mark.parametrize(
+    ("lanes", "int8_dot", "int16_dot"),
+    [
+        (8, None, "llvm.x86.avx2.pmadd.wd"),
+        (8, "llvm.x86.avx512.vpdpbusd.256", None),
+        (16, None, "llvm.x86.avx512.pmaddw.d.512"),
+        (16, "llvm.x86.avx512.vpdpbusd.512", None),
+    ],
+    ids=["8 lanes", "8 lanes, bytes", "16 lanes", "16 lanes, bytes"],
+)
+def test_nothing_is_read_behind_the_end(kind: str, lanes: int, int8_dot: str | None, int16_dot: str | None) -> None:
     """Of x, of its digits, and of the last row of the matrix, which ends in the middle of a strip."""
     host = this_machine()
-    if lanes > host.lanes:
-        pytest.skip("needs wider vectors")
+    if lanes > host.lanes or host.int16_dot is None or (int8_dot and not host.int8_dot):
+        pytest.skip("this processor cannot do that")
     fields = {field: getattr(host, field) for field in Machine.__dataclass_fields__}
-    machine = Machine(**fields | dict(lanes=lanes, int8_dot=f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"))
+    machine = Machine(**fields | dict(lanes=lanes, int8_dot=int8_dot, int16_dot=int16_dot))
     steps = meetings.make(machine, kind)
     engine = build.native_engine(llvm.parse_assembly(str(tiles.module_of(steps, machine))), machine)
 

@@ -10,10 +10,10 @@ from jax import export
 
 import numba_kernels
 from numba_kernels import product
+from numba_kernels.block_dots import MOST
 from numba_kernels.blocks import BLOCK, LAYOUTS, BlockMatrix, take_rows
 from numba_kernels.machine import Machine, this_machine
 from numba_kernels.product import MOST_ROWS, row_product
-from numba_kernels.rows import SPLIT
 
 MANY = 5  # rows from which on a matrix in blocks is converted before it is multiplied, where x is not split
 FOREIGN = "custom_call @jax_ifa_row_product"
@@ -97,11 +97,12 @@ def test_weights_in_blocks_are_the_files_own_bit_by_bit(kind: str) -> None:
 @pytest.mark.parametrize(
     "lesser",
     [
-        dict(lanes=8, registers=16, int8_dot=None),
+        dict(lanes=8, registers=16, int8_dot=None, int16_dot="llvm.x86.avx2.pmadd.wd"),
         dict(lanes=8, registers=16, int8_dot="llvm.x86.avx512.vpdpbusd.256"),
-        dict(lanes=4, int8_dot=None),
+        dict(int8_dot=None),
+        dict(lanes=4, int8_dot=None, int16_dot=None),
     ],
-    ids=["8 lanes", "8 lanes, bytes", "4 lanes"],
+    ids=["8 lanes", "8 lanes, bytes", "no bytes", "4 lanes"],
 )
 def test_processors_with_narrower_vectors(lesser: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     machine = this_machine()
@@ -128,7 +129,7 @@ def test_what_is_not_a_number_reaches_its_outputs_and_no_other() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("rows", [2, MANY, SPLIT + 1])
+@pytest.mark.parametrize("rows", [2, MANY, MOST[4] + 1])
 def test_with_blocks_what_is_not_a_number_reaches_its_row_and_no_other(kind: str, rows: int) -> None:
     blocks, weights = in_blocks(6, 64, kind)
     x, _ = inputs((rows,), 6, 64)
