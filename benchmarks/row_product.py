@@ -23,6 +23,7 @@ from numba_kernels.product import row_product
 
 HIDDEN, FORWARD, VOCABULARY, LAYERS = 576, 1536, 49152, 30
 SHAPES = [(960, HIDDEN), (HIDDEN, HIDDEN), (2 * FORWARD, HIDDEN), (HIDDEN, FORWARD)]  # (outputs, inputs) of a layer
+CODES = {"q4_1": (7.5, 4.6), "q8_0": (0, 74)}  # of random bytes: mean and standard deviation
 Product = Callable[[Array, Any], Array]
 
 
@@ -32,11 +33,14 @@ def outputs_first(x: Array, matrix: Array) -> Array:
 
 
 def in_blocks(rng: np.random.Generator, shape: tuple[int, int], kind: str) -> BlockMatrix:
-    """A matrix of random codes, with scale (and minimum) 0.01."""
+    """A matrix of random codes, whose products are about as large as what it is multiplied with."""
     outputs, inputs = shape
     layout = LAYOUTS[kind]
     rows = rng.integers(0, 256, (outputs, inputs // BLOCK, layout.size), np.uint8)
-    rows[..., : 2 * layout.numbers].view(np.float16)[...] = 0.01
+    numbers = rows[..., : 2 * layout.numbers].view(np.float16)
+    mean, deviation = CODES[kind]
+    numbers[..., 0] = scale = 1 / (deviation * inputs**0.5)
+    numbers[..., 1:] = -mean * scale
     return BlockMatrix.from_file(rows.reshape(outputs, -1), kind)
 
 
@@ -87,6 +91,9 @@ def main() -> None:
     table = []
     for rows in options.rows:
         x = jnp.asarray(rng.standard_normal((rows, HIDDEN), np.float32))
+        for name, (run, *weights) in contenders.items():
+            if not jnp.isfinite(run(x, *weights)).all():  # which is multiplied in another way
+                raise RuntimeError(f"{name}: expected finite numbers")
         calls = {name: functools.partial(done, run, x, *weights) for name, (run, *weights) in contenders.items()}
         for name, timing in interleave(calls, rounds=options.rounds, seconds_per_turn=0.05).items():
             median = timing.median
