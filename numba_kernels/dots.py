@@ -121,7 +121,8 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     piece, vectors = machine.lanes // beside, heads * digits // beside
     by_lane = beside > 1 and machine.by_lane
     copied = beside > 1 and not by_lane  # where keys are converted, or end in the middle of a vector
-    positions = _power_of_two(machine.registers * 3 // 4 // vectors)  # the sums of these leave room for what is read
+    # The sums of these leave room for what is read, which of copies is read all at once.
+    positions = _power_of_two(machine.registers * (5 if copied else 6) // 8 // vectors)
     if by_lane:  # a vector of each key; and scores are turned around by as many as there are lanes
         positions = max(machine.lanes, min(positions, 8))
     # A line of memory at a time; but of copies only so many as the next ones can be made beside.
@@ -141,8 +142,9 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
 
         def together(sums: list[list[ir.Value]]) -> ir.Value:
             """Scores without their weight, of sums of every digit, the highest first, in `piece` lanes each."""
-            if form.integer and digits == 2:  # as int32, which has room for LARGEST_QUERY and 512 keys of -128
-                sums = [[builder.add(v.shift(high, 8), low) for high, low in zip(*sums, strict=True)]]
+            if form.integer and digits > 1:  # as int32, which has room for LARGEST_QUERY and 512 keys of -128
+                high, next_, *rest = sums
+                sums = [[builder.add(v.shift(x, 8), y) for x, y in zip(high, next_, strict=True)], *rest]
             return digits_together(v, form, [v.sums(x, piece) for x in sums])
 
         def sums_of(digit: int) -> list[ir.Value]:
