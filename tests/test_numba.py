@@ -212,9 +212,11 @@ def test_int8_as_int16(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch) 
     assert {form.words for form in chosen} == {True}
 
 
-@pytest.mark.parametrize("kind", ["int16_dot", "int8_dot"])
-def test_int32_holds_the_products_of_16_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of int16, and of two bytes together, where all of them are the largest that there are."""
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int16_dot", "bfloat16"), ("int8_dot", "bfloat16"), ("int8_dot", "float32")]
+)
+def test_int32_holds_the_products_of_16_bits(kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of int16, and of two bytes together, or the higher two of three, where all are the largest that there are."""
     if not getattr(this_machine(), kind):
         pytest.skip(f"this processor has no {kind}")
     head_dim = MAX_HEAD_DIM
@@ -224,16 +226,20 @@ def test_int32_holds_the_products_of_16_bits(kind: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "format_of", lambda *args: chosen.append(format_of(*args)) or chosen[-1])
     key = np.full((1, 1, 3, head_dim), -128, np.int8)
     key[:, :, 1] = 127
-    value = np.arange(-1, 2, dtype=np.int8)[None, None, :, None] * np.ones((1, 1, 3, head_dim), np.int8)
+    numbers = np.array([1, -1, 0], np.int8)  # their mean says how much more weight the first has than the second
+    value = numbers[None, None, :, None] * np.ones((1, 1, 3, head_dim), np.int8)
     kwargs = dict(num_heads=1, input_layout="BNSD", scale_value=1.0, implementation="numba")
     kwargs |= dict(antiquant_scale=np.ones((2, 1, head_dim), np.float32))
     kwargs["antiquant_scale"][0] = 1 / (3 * 128 * head_dim)
     run = jax.jit(lambda query: incre_flash_attention(query, jnp.asarray(key), jnp.asarray(value), **kwargs))
-    out = run(jnp.full((1, 1, 1, head_dim), -3, jnp.bfloat16))
+    out = run(jnp.full((1, 1, 1, head_dim), -3, dtype))
     assert [form.words for form in chosen] == [kind == "int16_dot"]
+    assert chosen[0].query_digits == (1 if chosen[0].words else 2 if dtype == "bfloat16" else 3)
     weights = np.exp([1, -127 / 128, 1])
-    expected = weights @ np.arange(-1, 2) / weights.sum()
-    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=0, atol=2e-3)
+    expected = weights @ numbers / weights.sum()
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), expected, rtol=0, atol=2e-3 if dtype == "bfloat16" else 1e-6
+    )
 
 
 @pytest.mark.parametrize("head_dim", [72, 128])
