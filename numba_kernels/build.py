@@ -134,9 +134,7 @@ def native_engine(module: Any, machine: Machine) -> Any:
     """A module of LLVM IR, optimised and ready to be called on this machine."""
     target = _target(machine, None)
     _optimise(module, target)
-    engine = llvm.create_mcjit_compiler(module, target)
-    engine.finalize_object()
-    return engine
+    return _loaded_object(target.emit_object(module), machine)
 
 
 def _optimise(module: Any, target: Any) -> None:
@@ -167,7 +165,13 @@ def _linked(kernel: Kernel, machine: Machine) -> Any:
 
 def _load(code: bytes, machine: Machine) -> tuple[int, Any]:
     """The address of `ENTRY` in an object file, and what keeps it in memory."""
+    engine = _loaded_object(code, machine)
+    return engine.get_function_address(ENTRY), engine
+
+
+def _loaded_object(code: bytes, machine: Machine) -> Any:
+    """The engine that holds an object file's functions."""
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target(machine, None))
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine.get_function_address(ENTRY), engine
+    return engine
