@@ -7,9 +7,9 @@ block adds to a dot product is
     scale * step * sum(code * X) + minimum * sum(x)
 
 of which the first sum is exact, in int32. X has 23 bits (22 beside codes of 8 bits), nearly float32's own precision of
-the block's largest element.
+the block's largest element; what a smaller one loses counts as much as its scale * code, be the weight ever so small.
 
-A span is as many blocks as two vectors of codes hold, one for every four lanes; a strip as many as there are lanes.
+A span is as many blocks as two vectors of codes hold, a strip as many as there are lanes.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba_kernels.blocks import BLOCK, LAYOUTS
 from numba_kernels.machine import Machine
 from numba_kernels.tiles import Tile, number
-from numba_kernels.vectors import F16, F32, I8, I16, I32, I64, Vectors
+from numba_kernels.vectors import F16, F32, I1, I8, I16, I32, I64, Vectors
 from numba_kernels.weights import fetch_blocks
 
 AT_ONCE = (4, 2, 1)  # rows of x that meet a row of the matrix
@@ -28,7 +28,9 @@ VECTORS = 2  # of codes, in a span
 # Bits of X: what three signed bytes hold, and so few that the sum of a lane's products has room in int32.
 BITS = {"q4_1": 23, "q8_0": 22}
 MARGIN = 1.004  # three signed bytes hold 2**23 / MARGIN, and not 2**23
-LEAST_EXPONENT = 30  # of a block's largest, as float32 stores it: of a smaller one the step would be no normal number
+# Sizes of a block's largest that are split, as exponents of float32, which are stored with 127 added: so beside every
+# float16 scale and minimum nothing overflows that would not have to, and scale * step is a normal number.
+EXPONENTS = range(127 - 80, 127 + 100)
 RAISED = 0x80808080 - 2**32  # 128 in every byte
 
 
@@ -95,21 +97,23 @@ def make(machine: Machine, kind: str | None) -> tuple[Tile, ...]:
 
 
 def _split_row(form: Digits) -> Tile:
-    """(x, digits, inputs): split a row of x. The answer is 1, or 0 if it has what no digits hold: inf or NaN."""
+    """(x, digits, inputs): split a row of x. The answer is 1, or 0 if digits are not for it: see `EXPONENTS`."""
 
     def body(v: Vectors, x: Any, digits: Any, inputs: Any) -> ir.Value:
         builder, size, zero = v.builder, 4 * v.lanes, v.constant(v.floats, 0.0)
         steps, sums = form.numbers(v, digits, inputs)
         with v.loop(builder.udiv(form.size(v, inputs), ir.Constant(I64, size))) as i:
             v.store(v.constant(v.ints, 0), v.address(digits, i, size))
-        wrong = v.variable_of(zero)
+        wrong, fits = v.variable_of(zero), v.variable_of(ir.Constant(I1, 1))
         with v.loop(builder.udiv(inputs, ir.Constant(I64, BLOCK))) as block:
             at = v.address(x, block, 4 * BLOCK)
             found = [v.load(v.address(at, i, 4), v.floats) for i in range(0, BLOCK, v.lanes)]
             larger = [builder.fmul(v.float_function("fabs", part), v.constant(v.floats, MARGIN)) for part in found]
             for part in larger:
                 builder.store(v.float_function("fma", part, zero, builder.load(wrong)), wrong)  # NaN of NaN and inf
-            step, inverse = _step(v, v.reduce("max", larger), BITS[form.kind])
+            largest = v.reduce("max", larger)
+            builder.store(builder.and_(builder.load(fits), _fits(v, largest)), fits)
+            step, inverse = _step(v, largest, BITS[form.kind])
             v.store(step, v.address(steps, block, 4))
             v.store(v.reduce("fadd", found), v.address(sums, block, 4))
             for i, part in enumerate(found):
@@ -126,15 +130,28 @@ def _split_row(form: Digits) -> Tile:
                 raised = _sums(v, form, [v.constant(v.ints, RAISED)], [part])
                 v.store(builder.sub(v.constant(v.ints, 0), raised), v.address(part, form.digits, size))
         fine = builder.fcmp_ordered("==", v.reduce("fadd", [builder.load(wrong)]), ir.Constant(F32, 0.0))
-        return builder.zext(fine, I64)
+        return builder.zext(builder.and_(builder.load(fits), fine), I64)
 
     return Tile("split_row", 3, body)
 
 
+def _fits(v: Vectors, largest: ir.Value) -> ir.Value:
+    """Whether a block with such a largest is split. Of 0 all digits are 0."""
+    builder = v.builder
+    above = builder.sub(_exponent(v, largest), ir.Constant(I32, EXPONENTS.start))
+    inside = builder.icmp_unsigned("<", above, ir.Constant(I32, len(EXPONENTS)))
+    return builder.or_(inside, builder.fcmp_ordered("==", largest, ir.Constant(F32, 0.0)))
+
+
+def _exponent(v: Vectors, x: ir.Value) -> ir.Value:
+    """Of a positive float32, as it is stored."""
+    return v.builder.lshr(v.builder.bitcast(x, I32), ir.Constant(I32, 23))
+
+
 def _step(v: Vectors, largest: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
-    """The step of which `largest` has so many bits at most, and 1 / step."""
-    builder, least = v.builder, ir.Constant(I32, LEAST_EXPONENT)
-    exponent = builder.lshr(builder.bitcast(largest, I32), ir.Constant(I32, 23))
+    """The step of which `largest`, if it fits, has so many bits at most, and 1 / step."""
+    builder, least = v.builder, ir.Constant(I32, EXPONENTS.start)
+    exponent = _exponent(v, largest)
     exponent = builder.select(builder.icmp_unsigned("<", exponent, least), least, exponent)
     exponent = builder.sub(exponent, ir.Constant(I32, bits - 1))
     both = exponent, builder.sub(ir.Constant(I32, 2 * 127), exponent)
@@ -203,12 +220,12 @@ def _dots(v: Vectors, form: Digits, row: ir.Value, vectors: list[ir.Value], inpu
         for begin in range(0, v.lanes, form.span):
             block = v.address(first, begin, 1)
             if left is None:
-                span(block, None, [(x, begin) for x in factors])
+                span(block, None, factors, begin)
                 continue
             here = builder.sub(left, ir.Constant(I64, begin))
             with builder.if_then(builder.icmp_signed(">", here, ir.Constant(I64, 0))):
                 fetch_blocks(v, row, layout, block, form.span)
-                span(block, here, [(x, begin) for x in factors])
+                span(block, here, factors, begin)
 
     def codes_of(block: ir.Value, left: ir.Value | None) -> list[ir.Value]:
         """The codes of a span, in two vectors; zeros behind the blocks that are left."""
@@ -230,14 +247,14 @@ def _dots(v: Vectors, form: Digits, row: ir.Value, vectors: list[ir.Value], inpu
             return [builder.and_(x, halves) for x in (read[0], v.shift(read[0], -4))]
         return [builder.xor(x, v.constant(v.ints, RAISED)) for x in read] if form.raises else read
 
-    def span(block: ir.Value, left: ir.Value | None, factors: list[tuple[ir.Value, int]]) -> None:
-        """The blocks from `block` on; their factors are lanes of a vector, from one on."""
+    def span(block: ir.Value, left: ir.Value | None, factors: list[ir.Value], begin: int) -> None:
+        """The blocks from `block` on; their factors are those lanes of a strip's that `begin` is the first of."""
         codes = codes_of(block, left)
         spans = builder.udiv(block, ir.Constant(I64, form.span))
-        for total, digits, (factor, begin) in zip(totals, vectors, factors, strict=True):
+        for total, digits, factor in zip(totals, vectors, factors, strict=True):
             part = v.address(digits, spans, VECTORS * form.rows * size)
             parts = [v.address(part, i, form.rows * size) for i in range(VECTORS)]
-            # A lane has four codes of one block; of halves, two lanes that belong to one block are summed as one.
+            # A lane has codes of one block; of halves, the two lanes that belong to the same one are summed together.
             summed = [range(VECTORS)] if form.halves else [range(i, i + 1) for i in range(VECTORS)]
             for which in summed:
                 whole = _sums(v, form, [codes[i] for i in which], [parts[i] for i in which])

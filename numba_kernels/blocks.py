@@ -1,7 +1,7 @@
 """Matrices whose weights are stored as codes of a few bits, in blocks of 32 with a scale, as files of models have them.
 
 q4_1: weight = scale * code + minimum, codes of 4 bits from 0 to 15; 20 bytes a block.
-q8_0: weight = scale * code, codes of 8 bits from -127 to 127; 34 bytes a block.
+q8_0: weight = scale * code, codes of 8 bits, from -127 to 127 in files that llama.cpp wrote; 34 bytes a block.
 
 Scale and minimum are float16, so that scale * code is exact in float32: the dequantised weight is one number, whoever
 computes it.

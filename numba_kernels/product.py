@@ -29,8 +29,9 @@ MOST_ROWS = 64  # of x: the most that were compared; a step of 64 took 0.84 to 0
 def row_product(x: Array, matrix: Array | BlockMatrix) -> Array:
     """x @ matrix.T, for a matrix that is stored with its outputs first.
 
-    For float32 on a CPU with Numba, up to `MOST_ROWS` rows are a foreign call, and any number with a `BlockMatrix`,
-    whose weights are converted in the processor's caches. Everything else is XLA's product.
+    For float32 on a CPU with Numba, up to `MOST_ROWS` rows are a foreign call, and any number with a `BlockMatrix`.
+    Everything else is XLA's product. Few rows meet the codes of a `BlockMatrix` as integers of 23 bits (22 for q8_0)
+    with a scale for every block of x (`block_dots`); for more, its weights become float32 in the processor's caches.
 
     Args:
       x: (..., inputs).

@@ -2,7 +2,8 @@
 
 out[b, o] = sum_i x[b, i] * matrix[o, i], float32. The matrix is read once, from its beginning to its end in as few
 pieces as the threads need: that is how memory is read fastest, and reading is all that a product of a few rows waits
-for. Many rows meet a small piece of it at a time, as float32, in the processor's caches.
+for. Many rows meet a small piece of it at a time, as float32, in the processor's caches. Few rows meet a matrix in
+blocks as digits (block_dots.py), unless one of them has numbers that digits are not for.
 """
 
 from numba_kernels.frame import ARGUMENTS, DATA, DIMS, RESULTS, answers_metadata, num_threads

@@ -31,7 +31,8 @@ from numba_kernels.vectors import EXP_TERMS, EXP_TERMS_OF_16_BITS, F32, I16, I32
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that products are made for: each half of the one before
 SERIES = 8  # numbers of `series` in a line of memory
 # By the number of digits: one of 16 bits, or two bytes with a highest of 127, whose products with 512 keys of -128, the
-# largest D, have room in int32; or three bytes. Of three, what is left of a float32 query is below its own last place.
+# largest D, have room in int32; or three bytes, of which the same holds for the higher two. Of three, what is left of a
+# float32 query is below its own last place.
 LARGEST_QUERY = {1: 2**15 - 1, 2: 127 * 2**8 + 127, 3: 127 * 2**16 + 127 * 2**8}
 
 

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 # exp(r) on |r| <= log(2) / 2: the polynomial of this degree whose largest relative error, 1.9e-9, is smallest (Remez).

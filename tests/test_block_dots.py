@@ -12,20 +12,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_row_product import KINDS, assert_exact, in_blocks, inputs
 
-from numba_kernels import block_dots, build, meetings, tiles
+from numba_kernels import build, meetings, tiles
 from numba_kernels.block_dots import MOST
 from numba_kernels.blocks import BLOCK, LAYOUTS, BlockMatrix
 from numba_kernels.machine import Machine, this_machine
 from numba_kernels.product import row_product
 
-DIGITS = pytest.mark.skipif(this_machine().int8_dot is None, reason="needs narrow dot products of bytes")
+HOST = this_machine()
+DIGITS = pytest.mark.skipif(HOST.int8_dot is None, reason="needs narrow dot products of bytes")
+SPLIT = pytest.mark.skipif(HOST.int8_dot is HOST.int16_dot is None, reason="needs narrow dot products")
+BITS = {"q4_1": 23, "q8_0": 22}
 
 
-def error_of_digits(x: np.ndarray, weights: np.ndarray, kind: str) -> np.ndarray:
+def matrix_of(kind: str, codes: np.ndarray, scale: float, minimum: float) -> tuple[BlockMatrix, np.ndarray, np.ndarray]:
+    """Of codes (outputs, inputs); its weights, and the sizes of what they are made of, float64."""
+    outputs, inputs_ = codes.shape
+    blocks = codes.reshape(outputs, inputs_ // BLOCK, BLOCK).astype(np.int64)
+    numbers = np.array([scale, minimum][: LAYOUTS[kind].numbers], np.float16).view(np.uint8)
+    halves = blocks[..., : BLOCK // 2] | blocks[..., BLOCK // 2 :] << 4
+    stored = halves if kind == "q4_1" else blocks & 255
+    numbers = np.broadcast_to(numbers, (*blocks.shape[:2], len(numbers)))
+    file = np.concatenate([numbers, stored.astype(np.uint8)], axis=-1).reshape(outputs, -1)
+    scaled = float(np.float16(scale)) * codes.astype(np.float64)
+    least = float(np.float16(minimum)) if LAYOUTS[kind].numbers == 2 else 0.0
+    return BlockMatrix.from_file(file, kind), scaled + least, np.abs(scaled) + abs(least)
+
+
+def random_codes(kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """All that a kind has."""
+    return np.random.default_rng(0).integers(*((0, 16) if kind == "q4_1" else (-128, 128)), shape)
+
+
+def error_of_digits(x: np.ndarray, sizes: np.ndarray, kind: str) -> np.ndarray:
     """What they may be off, in each output: half a step of every element, of a block's largest in so many bits."""
     largest = np.abs(x).reshape(len(x), -1, BLOCK).max(axis=-1)
-    sizes = np.abs(weights.astype(np.float64)).reshape(len(weights), -1, BLOCK).sum(axis=-1)
-    return block_dots.MARGIN * 2.0 ** -block_dots.BITS[kind] * largest.astype(np.float64) @ sizes.T
+    of_blocks = sizes.reshape(len(sizes), -1, BLOCK).sum(axis=-1)
+    return 1.01 * 2.0 ** -BITS[kind] * largest.astype(np.float64) @ of_blocks.T
 
 
 @given(
@@ -55,31 +77,52 @@ def test_a_row_has_the_same_product_whatever_is_beside_it(kind: str) -> None:
 @KINDS
 @pytest.mark.parametrize("outlier", [1e3, 1e6, 1e20])
 def test_a_large_element_costs_its_own_block_precision_and_no_other(kind: str, outlier: float) -> None:
-    matrix, weights = in_blocks(50, 160, kind)
+    codes = random_codes(kind, (50, 160))
+    codes[:, 70] = 8 if kind == "q4_1" else 0  # a weight of 0, so that others count
+    matrix, weights, sizes = matrix_of(kind, codes, 0.25, -2)
     x, _ = inputs((2,), 50, 160)
     x[1, 70] = outlier
-    out = np.asarray(row_product(x, matrix), np.float64)
-    wide, sizes = x.astype(np.float64), np.abs(x.astype(np.float64)) @ np.abs(weights.astype(np.float64)).T
+    assert not weights[:, 70].any()
+    found = np.asarray(row_product(x, matrix), np.float64)
+    wide = x.astype(np.float64)
     # Of the sums of float32 something is rounded as well.
-    assert (np.abs(out - wide @ weights.astype(np.float64).T) <= error_of_digits(x, weights, kind) + 4e-7 * sizes).all()
+    limit = error_of_digits(x, sizes, kind) + 4e-7 * np.abs(wide) @ sizes.T
+    assert (np.abs(found - wide @ weights.T) <= limit).all()
     # The block has no weights: all else is as if there were no such element.
     rows, blocks = np.asarray(matrix.rows).copy(), 160 // BLOCK
     for number in range(LAYOUTS[kind].numbers):
         begin = blocks * (LAYOUTS[kind].codes + 2 * number) + 2 * (70 // BLOCK)
         rows[:, begin : begin + 2] = 0
-    weights[:, 64:96] = x[:, 64:96] = 0
-    x_there = x.copy()
-    x_there[1, 70] = outlier
-    assert_exact(row_product(x_there, BlockMatrix(jnp.asarray(rows), kind)), x, weights)
+    rest = np.where(np.arange(160) // BLOCK == 70 // BLOCK, 0, x)
+    assert_exact(row_product(x, BlockMatrix(jnp.asarray(rows), kind)), rest, weights)
+
+
+@SPLIT
+@KINDS
+def test_bits_of_x(kind: str) -> None:
+    """The smallest number that there is beside 1, and that others are rounded to it, ties to even."""
+    codes = np.zeros((2, 64), np.int64)
+    codes[1, 37] = 1
+    matrix, *_ = matrix_of(kind, codes, 1, 0)
+    step = 2.0 ** (1 - BITS[kind])
+    for quarters in range(-9, 10):
+        x = np.zeros((1, 64), np.float32)
+        x[0, 40], x[0, 37] = 1, quarters / 4 * step
+        np.testing.assert_array_equal(np.asarray(row_product(x, matrix)), [[0, step * np.rint(quarters / 4)]])
 
 
 @KINDS
-@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e25, 1e30])
-def test_elements_of_any_size(kind: str, size: float) -> None:
-    matrix, weights = in_blocks(20, 96, kind)
-    x, _ = inputs((2,), 20, 96)
-    x = x * np.float32(size)
-    assert_exact(row_product(x, matrix), x, weights)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [(1e-34, 8000), (1e-30, 2.0**-10), (1e-24, 2.0**-24), (1e-10, 1), (1e25, 1), (1e30, 60), (1.1e37, 0.001)],
+)
+def test_elements_of_any_size(kind: str, rows: int, size: float, scale: float) -> None:
+    """Where float32 has numbers for them: what digits are not for is multiplied without."""
+    matrix, weights, sizes = matrix_of(kind, random_codes(kind, (20, 96)), scale, -8 * scale)
+    x = np.float32(size) * inputs((rows,), 20, 96)[0].clip(-1.5, 1.5)
+    found, exact = np.asarray(row_product(x, matrix), np.float64), x.astype(np.float64) @ weights.T
+    assert (np.abs(found - exact) <= 1e-6 * np.abs(x.astype(np.float64)) @ sizes.T).all()
 
 
 @KINDS
@@ -97,22 +140,18 @@ def test_sums_have_room(kind: str, largest: float, code: int) -> None:
 
 
 @KINDS
-def test_the_largest_and_the_smallest_numbers(kind: str) -> None:
-    """Digits do not hold the largest, which is for float32 then; of subnormal numbers there is nothing left."""
-    matrix, weights = in_blocks(9, 64, kind)
-    weights = weights.astype(np.float64)
-    x = np.zeros((2, 64), np.float32)
-    x[0, 3], x[1, 40] = 3e33, np.finfo(np.float32).max
-    out = np.asarray(row_product(x, matrix))
-    exact = x.astype(np.float64) @ weights.T
-    fits = np.abs(exact) < 1e38
-    assert fits[0].all()
-    np.testing.assert_allclose(out[fits], exact[fits], rtol=1e-6)
-    assert (np.sign(out) == np.sign(exact)).all()
-    assert not np.isnan(out).any()
-    x = np.full((1, 64), 1e-40, np.float32)
-    assert (np.abs(np.asarray(row_product(x, matrix))) <= 1e-36).all()
+@pytest.mark.parametrize("x", [1.1e37, 1e38, np.finfo(np.float32).max])
+def test_sums_of_large_numbers_do_not_overflow_on_their_way(kind: str, x: float) -> None:
+    matrix, weights, _ = matrix_of(kind, np.ones((3, 32)), 0.001, 0)
+    found = row_product(np.full((1, 32), x, np.float32), matrix)
+    np.testing.assert_allclose(found, np.full((1, 3), float(np.float32(x)) * weights[0].sum()), rtol=1e-6)
+
+
+@KINDS
+def test_zeros_and_subnormal_numbers(kind: str) -> None:
+    matrix, _ = in_blocks(9, 64, kind)
     assert not np.asarray(row_product(np.zeros((3, 64), np.float32), matrix)).any()
+    assert (np.abs(np.asarray(row_product(np.full((1, 64), 1e-40, np.float32), matrix))) <= 1e-36).all()
 
 
 class Guarded:
@@ -147,10 +186,9 @@ class Guarded:
 )
 def test_nothing_is_read_behind_the_end(kind: str, lanes: int, int8_dot: str | None, int16_dot: str | None) -> None:
     """Of x, of its digits, and of the last row of the matrix, which ends in the middle of a strip."""
-    host = this_machine()
-    if lanes > host.lanes or host.int16_dot is None or (int8_dot and not host.int8_dot):
+    if lanes > HOST.lanes or HOST.int16_dot is None or (int8_dot and not HOST.int8_dot):
         pytest.skip("this processor cannot do that")
-    fields = {field: getattr(host, field) for field in Machine.__dataclass_fields__}
+    fields = {field: getattr(HOST, field) for field in Machine.__dataclass_fields__}
     machine = Machine(**fields | dict(lanes=lanes, int8_dot=int8_dot, int16_dot=int16_dot))
     steps = meetings.make(machine, kind)
     engine = build.native_engine(llvm.parse_assembly(str(tiles.module_of(steps, machine))), machine)

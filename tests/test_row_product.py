@@ -114,8 +114,9 @@ def test_processors_with_narrower_vectors(lesser: dict[str, Any], monkeypatch: p
     assert_exact(jax.jit(row_product)(x, matrix), x, matrix)
     for kind in LAYOUTS:
         blocks, weights = in_blocks(40, 288, kind)
-        x, _ = inputs((MANY,), 40, 288)
-        assert_exact(jax.jit(row_product)(x, blocks), x, weights)
+        for rows in (2, MANY):
+            x, _ = inputs((rows,), 40, 288)
+            assert_exact(jax.jit(row_product)(x, blocks), x, weights)
 
 
 def test_what_is_not_a_number_reaches_its_outputs_and_no_other() -> None:
