@@ -19,8 +19,8 @@ from llvmlite import ir
 from numba_kernels.blocks import BLOCK, LAYOUTS
 from numba_kernels.machine import Machine
 from numba_kernels.tiles import Tile, number
-from numba_kernels.vectors import F16, F32, I1, I8, I16, I32, I64, Vectors
-from numba_kernels.weights import fetch_blocks
+from numba_kernels.vectors import F32, I1, I8, I16, I32, I64, Vectors
+from numba_kernels.weights import fetch_blocks, numbers_of
 
 AT_ONCE = (4, 2, 1)  # rows of x that meet a row of the matrix
 MOST = {4: 12, 2: 3}  # rows of x that are split at most, by codes in a lane: more are multiplied faster as float32
@@ -207,10 +207,7 @@ def _dots(v: Vectors, form: Digits, row: ir.Value, vectors: list[ir.Value], inpu
         """The blocks from `first` on: as many as there are lanes, or so many as are left."""
         if left is None:
             fetch_blocks(v, row, layout, first, v.lanes)
-        kind = ir.VectorType(I16, v.lanes)
-        places = [v.address(v.address(row, blocks, layout.codes + 2 * i), first, 2) for i in range(layout.numbers)]
-        bits = [v.load(at, kind) if left is None else v.load_first(at, kind, left) for at in places]
-        scale, *minimum = (builder.fpext(builder.bitcast(x, ir.VectorType(F16, v.lanes)), v.floats) for x in bits)
+        scale, *minimum = numbers_of(v, row, layout, blocks, first, left)
         factors = []
         for total, digits in zip(totals, vectors, strict=True):
             step, sum_ = (v.load(v.address(at, first, 4), v.floats) for at in form.numbers(v, digits, inputs))

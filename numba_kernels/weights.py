@@ -56,10 +56,8 @@ def _blocks(kind: str, weights: Callable[..., list[ir.Value]]) -> Reader:
             for row in rows:
                 fetch_blocks(v, row, layout, first, v.lanes)
             for row, rooms in zip(rows, converted, strict=True):
-                for k, room in enumerate(rooms):
-                    place = v.address(v.address(row, blocks, layout.codes + 2 * k), first, 2)
-                    bits = v.load_first(place, ir.VectorType(I16, v.lanes), left)
-                    v.store(builder.fpext(builder.bitcast(bits, ir.VectorType(F16, v.lanes)), v.floats), room)
+                for number, room in zip(numbers_of(v, row, layout, blocks, first, left), rooms, strict=True):
+                    v.store(number, room)
             with v.loop(builder.select(builder.icmp_signed("<", left, lanes), left, lanes)) as i:
                 block = builder.add(first, i)
 
@@ -71,6 +69,19 @@ def _blocks(kind: str, weights: Callable[..., list[ir.Value]]) -> Reader:
                 meet(at, [weights_of(row, rooms) for row, rooms in zip(rows, converted, strict=True)], None)
 
     return each
+
+
+def numbers_of(
+    v: Vectors, row: ir.Value, layout: Layout, blocks: ir.Value, first: ir.Value, left: ir.Value | None
+) -> list[ir.Value]:
+    """The scales, and the minima if there are any, of as many blocks as there are lanes, from `first` on, as float32.
+
+    `blocks` are all that the row has, `left` those from `first` on, or None if they fill the lanes.
+    """
+    kind = ir.VectorType(I16, v.lanes)
+    places = [v.address(v.address(row, blocks, layout.codes + 2 * i), first, 2) for i in range(layout.numbers)]
+    bits = [v.load(at, kind) if left is None else v.load_first(at, kind, left) for at in places]
+    return [v.builder.fpext(v.builder.bitcast(x, ir.VectorType(F16, v.lanes)), v.floats) for x in bits]
 
 
 def fetch_blocks(v: Vectors, row: ir.Value, layout: Layout, first: ir.Value, count: int) -> None:

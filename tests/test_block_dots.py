@@ -1,6 +1,7 @@
 """Products with a matrix in blocks by narrow dot products: what digits of x can and cannot hold, and where they lie."""
 
 import ctypes
+import dataclasses
 import mmap
 
 import jax
@@ -15,7 +16,7 @@ from test_row_product import KINDS, assert_exact, in_blocks, inputs
 from numba_kernels import build, meetings, tiles
 from numba_kernels.block_dots import MOST
 from numba_kernels.blocks import BLOCK, LAYOUTS, BlockMatrix
-from numba_kernels.machine import Machine, this_machine
+from numba_kernels.machine import this_machine
 from numba_kernels.product import row_product
 
 HOST = this_machine()
@@ -188,8 +189,7 @@ def test_nothing_is_read_behind_the_end(kind: str, lanes: int, int8_dot: str | N
     """Of x, of its digits, and of the last row of the matrix, which ends in the middle of a strip."""
     if lanes > HOST.lanes or HOST.int16_dot is None or (int8_dot and not HOST.int8_dot):
         pytest.skip("this processor cannot do that")
-    fields = {field: getattr(HOST, field) for field in Machine.__dataclass_fields__}
-    machine = Machine(**fields | dict(lanes=lanes, int8_dot=int8_dot, int16_dot=int16_dot))
+    machine = dataclasses.replace(HOST, lanes=lanes, int8_dot=int8_dot, int16_dot=int16_dot)
     steps = meetings.make(machine, kind)
     engine = build.native_engine(llvm.parse_assembly(str(tiles.module_of(steps, machine))), machine)
 

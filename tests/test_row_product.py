@@ -1,5 +1,6 @@
 """The product of a few rows with a matrix that lies with its outputs first."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numba_kernels
 from numba_kernels import product
 from numba_kernels.block_dots import MOST
 from numba_kernels.blocks import BLOCK, LAYOUTS, BlockMatrix, take_rows
-from numba_kernels.machine import Machine, this_machine
+from numba_kernels.machine import this_machine
 from numba_kernels.product import MOST_ROWS, row_product
 
 MANY = 5  # rows from which on a matrix in blocks is converted before it is multiplied, where x is not split
@@ -108,8 +109,7 @@ def test_processors_with_narrower_vectors(lesser: dict[str, Any], monkeypatch: p
     machine = this_machine()
     if lesser["int8_dot"] and machine.int8_dot is None:
         pytest.skip("needs narrow dot products of bytes")
-    fields = {field: getattr(machine, field) for field in Machine.__dataclass_fields__}
-    monkeypatch.setattr(product, "this_machine", lambda: Machine(**fields | lesser))
+    monkeypatch.setattr(product, "this_machine", lambda: dataclasses.replace(machine, **lesser))
     x, matrix = inputs((2,), 40, 77)
     assert_exact(jax.jit(row_product)(x, matrix), x, matrix)
     for kind in LAYOUTS:
