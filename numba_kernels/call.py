@@ -152,10 +152,21 @@ def window(call, b):  # type: ignore[no-untyped-def]
 
 
 @native
-def bias_at(call, b, head, t):  # type: ignore[no-untyped-def]
-    """The bias of position t for head (of K * G) of sequence b, as float32."""
-    row = (b % call.bias_rows) * call.heads * call.group + head
-    index = row * call.bias_width + t
+def group_of(call):  # type: ignore[no-untyped-def]
+    """Query heads that are multiplied for a kv head: G, or one more, where the last is there twice."""
+    return linked.group(call.group)
+
+
+@native
+def query_head(call, b, head, g):  # type: ignore[no-untyped-def]
+    """The number in (B, K, G) of head g of a group."""
+    return (b * call.heads + head) * call.group + min(g, call.group - 1)
+
+
+@native
+def bias_at(call, b, head, g, t):  # type: ignore[no-untyped-def]
+    """The bias of position t for head g of a group of sequence b, as float32."""
+    index = query_head(call, b % call.bias_rows, head, g) * call.bias_width + t
     if call.bias_kind == BFLOAT16:
         return load_bfloat16(call.bias + 2 * index)
     if call.bias_kind == FLOAT16:
@@ -171,18 +182,18 @@ def columns_of(call):  # type: ignore[no-untyped-def]
 
 @native
 def group_lanes(call):  # type: ignore[no-untyped-def]
-    """G, rounded up to whole vectors."""
-    return up(call.group, linked.lanes())
+    """The heads of a group, rounded up to whole vectors."""
+    return up(group_of(call), linked.lanes())
 
 
 @native
 def head_state(call):  # type: ignore[no-untyped-def]
     """Bytes of a kv head's state: outputs (G, D in strips), largest scores and sums of weights (2, G in vectors)."""
-    return 4 * (call.group * columns_of(call) + 2 * group_lanes(call))
+    return 4 * (group_of(call) * columns_of(call) + 2 * group_lanes(call))
 
 
 class Scratch(NamedTuple):
-    """Addresses of a thread's working memory. G is padded to whole vectors where it comes last."""
+    """Addresses of a thread's working memory. G is `group_of`, padded to whole vectors where it comes last."""
 
     plain: int  # (digits, D padded) one query head
     query: int  # (unit_heads, `query_size`) as `_piece` in dots.py or `scores` in amx.py says
@@ -207,23 +218,23 @@ SCRATCH_BYTES = WORD * len(Scratch._fields)
 @native
 def query_size(call):  # type: ignore[no-untyped-def]
     """Bytes of the query heads of one kv head."""
-    parts = (call.group + linked.query_heads() - 1) // linked.query_heads()
+    parts = (group_of(call) + linked.query_heads() - 1) // linked.query_heads()
     return 4 * linked.query_lanes() * parts * (columns_of(call) // linked.pack())
 
 
 @native
 def _scratch_parts(call, base):  # type: ignore[no-untyped-def]
     """The fields of a `Scratch` that begins there: the record first, then every part on a cache line of its own."""
-    length = columns_of(call) // linked.pack()
-    heads = call.unit_heads * call.group
+    length, group = columns_of(call) // linked.pack(), group_of(call)
+    heads = call.unit_heads * group
     more = MATRIX_COLUMNS if linked.amx() != 0 else 0
     plain = up(base + SCRATCH_BYTES, LINE)
     query = up(plain + 4 * linked.query_digits() * length, LINE)
     initial = up(query + call.unit_heads * query_size(call), LINE)
     weight = up(initial + 4 * heads * linked.query_digits(), LINE)
     scores = up(weight + 4 * heads, LINE)
-    weights = up(scores + 4 * (call.group + more) * linked.tile(), LINE)
-    factors = up(weights + 4 * (call.group * linked.weight_rows() + more) * linked.weight_lanes(), LINE)
+    weights = up(scores + 4 * (group + more) * linked.tile(), LINE)
+    factors = up(weights + 4 * (group * linked.weight_rows() + more) * linked.weight_lanes(), LINE)
     state = up(factors + 16 * group_lanes(call), LINE)
     place = up(state + call.unit_heads * head_state(call), LINE)
     rows = up(place + PLACE_BYTES, LINE)

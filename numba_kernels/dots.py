@@ -4,6 +4,9 @@ Both are made for eight query heads, four, two and one, whose sums stay in regis
 of them. How the lanes of a vector are shared out depends on how many there are: see `_beside`.
 """
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -13,6 +16,12 @@ from numba_kernels.formats import Format
 from numba_kernels.machine import Machine
 from numba_kernels.tiles import HEADS, Tile, digits_together, fold, lanes_with_weights, padded, rows_of_lane, walk
 from numba_kernels.vectors import F32, I32, I64, LINE, Vectors
+
+# Rows that are so many bytes apart lie in few sets of a first-level cache, which cannot hold a strip of a tile then. So
+# on these processors a copy is made of such int8 values, which are read more than once.
+FAR = 512
+COPIES_FAR_VALUES = ("znver5",)
+Read = Callable[[ir.Value, int], list[ir.Value]]  # of a lane of weights and a strip: the vectors that meet it
 
 
 def make(form: Format, machine: Machine) -> dict[str, Tile]:
@@ -111,7 +120,7 @@ def _piece(form: Format, machine: Machine) -> Tile:
 
 
 def _scores(form: Format, machine: Machine, heads: int) -> Tile:
-    """(query, initial, weights, out, rows, head, *fetching, count, head_dim): scores of `heads` query heads.
+    """(query, initial, weights, out, rows, head, place, sharing, count, head_dim): scores of `heads` query heads.
 
     `query` is as `_piece` says, `weights` a float32 for each head, `out` (heads, T) float32. `rows` holds the
     addresses of a tile's keys, of which `count` count. int8 keys are raised by 128 where they are to be unsigned;
@@ -128,9 +137,10 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
     # A line of memory at a time; but of copies only so many as the next ones can be made beside.
     line = max(1, LINE // (form.strip(machine.lanes) * form.itemsize * form.parts))
     wide = 1 if form.converted and copied else line
+    products_of_a_line = heads * digits * LINE // (form.itemsize * form.pack * machine.lanes)
 
     def body(v: Vectors, query: Any, initial: Any, weights: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
-        *fetching, count, head_dim = rest
+        place, sharing, count, head_dim = rest
         builder, kind = v.builder, v.ints if form.integer else v.floats
         blocks = builder.udiv(builder.add(count, ir.Constant(I64, positions - 1)), ir.Constant(I64, positions))
         totals = [[v.variable(kind) for _ in range(positions)] for _ in range(vectors)]
@@ -138,7 +148,7 @@ def _scores(form: Format, machine: Machine, heads: int) -> Tile:
         starts = _first_sums(v, initial, heads, digits, beside) if raises else [v.constant(kind, 0)] * vectors
         factors = v.load(weights, ir.VectorType(F32, heads))
         copies = [v.room(4 * v.lanes * form.parts) for _ in range(positions)] if copied else []
-        fetcher = Fetcher(v, *fetching)
+        fetcher = Fetcher(v, place, sharing, products_of_a_line)
 
         def together(sums: list[list[ir.Value]]) -> ir.Value:
             """Scores without their weight, of sums of every digit, the highest first, in `piece` lanes each."""
@@ -241,7 +251,7 @@ def _first_sums(v: Vectors, initial: ir.Value, heads: int, digits: int, beside: 
 
 
 def _values(form: Format, machine: Machine, heads: int) -> Tile:
-    """(weights, fades, shares, out, rows, head, *fetching, count, head_dim): the outputs of `heads` query heads.
+    """(weights, fades, shares, out, rows, head, place, sharing, count, head_dim): the outputs of `heads` query heads.
 
     The first three are as `weigh` leaves them, from the first of the heads on; `out` is (heads, D padded) float32.
     `rows` holds the addresses of a tile's values, of which `count` count. A factor of 0 forgets even a NaN.
@@ -255,21 +265,21 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     column_bytes = machine.lanes * form.pack * form.itemsize  # that are read for one of these vectors
     # Lanes of weights. Each of n turns reads n lines for one that it fetches: all of them read the same.
     together = max(1, len(turns) * LINE // (at_once * wide * column_bytes))
+    products_of_a_line = heads * digits * LINE // column_bytes
     by_lane = machine.by_lane
     if by_lane:  # whole vectors of them
         together = max(together, machine.lanes)
 
     def body(v: Vectors, weights: Any, fades: Any, shares: Any, out: Any, rows: Any, head: Any, *rest: Any) -> None:
-        *fetching, positions, head_dim = rest
+        place, sharing, positions, head_dim = rest
         builder, size = v.builder, 4 * v.lanes
         kind = v.ints if form.integer else v.floats
         columns = padded(v, form, head_dim)
-        fetcher = Fetcher(v, *fetching)
+        fetcher = Fetcher(v, place, sharing, products_of_a_line)
         groups = v.over(lanes_with_weights(v, form, positions), together)
 
-        def products(own: range, first: ir.Value, width: int, count: ir.Value | None, which: range) -> Any:
+        def products(own: range, width: int, which: range, read: Read) -> Any:
             """[head][strip][which] sums over the tile, of some of the vectors that the rows' vectors become."""
-            offset = v.address(head, first, form.itemsize)
             totals = [[[[v.variable(kind) for _ in range(sums)] for _ in which] for _ in range(width)] for _ in own]
             for total in (x for head in totals for strip in head for column in strip for x in column):
                 builder.store(v.constant(kind, 0), total)
@@ -278,7 +288,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                 first_lane = builder.mul(group, ir.Constant(I64, together))
                 factors = factors_by_lane(own, first_lane) if by_lane else [None] * together
                 for i, some in enumerate(factors):
-                    add_products(own, v.address(first_lane, i, 1), some, offset, count, which, totals)
+                    add_products(own, v.address(first_lane, i, 1), some, which, read, totals)
             return [
                 [[digits_together(v, form, [builder.load(x) for x in column]) for column in strip] for strip in head]
                 for head in totals
@@ -300,21 +310,12 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             ]
 
         def add_products(
-            own: range,
-            lane: ir.Value,
-            factors: list[list[ir.Value]] | None,
-            offset: ir.Value,
-            count: ir.Value | None,
-            which: range,
-            totals: Any,
+            own: range, lane: ir.Value, factors: list[list[ir.Value]] | None, which: range, read: Read, totals: Any
         ) -> None:
             """Of the values whose weights are in one lane."""
-            here = rows_of_lane(v, form, rows, lane)
             factors = factors or [[v.splat(x) for x in head] for head in weights_at(own, lane, I32)]
             for strip in range(len(totals[0])):
-                found = [x for row in here for x in v.load_parts(form, builder.add(row, offset), strip, count)]
-                if form.parts == 1:
-                    found = v.interleave(found)
+                found = read(lane, strip)
                 for h in range(len(own)):
                     for i, column in enumerate(which):
                         for digit in range(digits):
@@ -324,10 +325,38 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                                 a, b, unsigned = b, a, "b"
                             builder.store(v.dot(builder.load(total), a, b, form, unsigned), total)
 
-        def step(first: ir.Value, width: int, count: ir.Value | None) -> None:
+        def read_rows(first: ir.Value, count: ir.Value | None, lane: ir.Value, strip: int) -> list[ir.Value]:
+            """The vectors that the values from element `first` on become whose weights are in a lane."""
+            offset = v.address(head, first, form.itemsize)
+            here = rows_of_lane(v, form, rows, lane)
+            found = [x for row in here for x in v.load_parts(form, builder.add(row, offset), strip, count)]
+            return v.interleave(found) if form.parts == 1 else found
+
+        def reads(copy: ir.Value | None, first: ir.Value, count: ir.Value | None) -> Iterator[Read]:
+            """How each of the passes over a strip of the tile's rows reads them: with a copy, once."""
+            read = functools.partial(read_rows, first, count)
+            if copy is None:
+                yield from itertools.repeat(read)
+                return
+
+            def places(lane: ir.Value, strip: int) -> list[ir.Value]:
+                at = v.address(copy, lane, size * form.per_lane * wide)
+                return [v.address(at, strip * form.per_lane + i, size) for i in range(form.per_lane)]
+
+            def read_and_copy(lane: ir.Value, strip: int) -> list[ir.Value]:
+                found = read(lane, strip)
+                for x, place in zip(found, places(lane, strip), strict=True):
+                    v.store(x, place, size)
+                return found
+
+            yield read_and_copy
+            yield from itertools.repeat(lambda lane, strip: [v.load(x, v.ints, size) for x in places(lane, strip)])
+
+        def step(copy: ir.Value | None, first: ir.Value, width: int, count: ir.Value | None) -> None:
+            ways = reads(copy, first, count)
             for own in turns:
                 halves = [
-                    products(own, first, width, count, range(begin, begin + at_once))
+                    products(own, width, range(begin, begin + at_once), next(ways))
                     for begin in range(0, form.per_lane, at_once)
                 ]
                 for i, h in enumerate(own):
@@ -338,7 +367,21 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
                         at = v.address(line, strip * form.per_lane, size)
                         fold(v, form, parts, v.address(fades, h, 4), v.address(shares, h, 4), at)
 
-        walk(v, form, head_dim, wide, step)
+        def walk_values(copies: bool) -> None:
+            copy = v.room(size * form.per_lane * wide * form.weight_lanes) if copies else None
+            walk(v, form, head_dim, wide, functools.partial(step, copy))
+
+        if form.pack == 4 and machine.cpu in COPIES_FAR_VALUES:
+            first, second = (v.load(v.address(rows, i, 8), I64) for i in range(2))
+            far = builder.icmp_unsigned(">=", builder.sub(second, first), ir.Constant(I64, FAR))
+            with builder.if_else(far) as (then, otherwise):
+                with then:
+                    walk_values(copies=True)
+                with otherwise:
+                    walk_values(copies=False)
+        else:
+            # Long vectors are made of values sooner than they are stored and loaded.
+            walk_values(copies=len(turns) > 1 and machine.lanes < 16)
         fetcher.keep()
 
     return Tile(f"values{heads}", 10, body)

@@ -1,13 +1,17 @@
 """Having the rows of the next tile fetched into the processor's cache while this one is worked on."""
 
+import math
 from typing import NamedTuple
 
 from llvmlite import ir
 
 from numba_kernels.formats import Format
-from numba_kernels.vectors import FETCH_ONE_BY_ONE, I64, LINE, Vectors
+from numba_kernels.vectors import I64, LINE, Vectors
 
 TOGETHER = 4  # lines of memory that are fetched at once, where that is no slower
+# Of these processors the memory is slower when several lines are asked for at once. They go one by one, and are kept
+# apart, unless the products of a line are so many that these do it.
+ONE_BY_ONE = {"znver3": math.inf, "znver4": math.inf, "znver5": 8}
 
 
 class Place(NamedTuple):
@@ -31,20 +35,24 @@ class Fetcher:
 
     The memory must be busy all the time and never swamped: every step of the work fetches as many lines as it has time
     for, which is as many as it reads, and no more: those that come too early are missing later. How many may go
-    together is the processor's. Where they go one by one, the address of each is made of that of the last, which keeps
-    them some cycles apart; else of the place in a row, which does not wait for the row's address.
+    together is the processor's. Where they are kept apart, the address of each is made of that of the last, which takes
+    some cycles; else of the place in a row, which does not wait for the row's address.
     """
 
-    def __init__(self, v: Vectors, place: ir.Value, sharing: ir.Value) -> None:
-        """`place` is where the words of a `Place` stand; `sharing` parts share in every fetch."""
+    def __init__(self, v: Vectors, place: ir.Value, sharing: ir.Value, products: int = 0) -> None:
+        """`place` is where the words of a `Place` stand; `sharing` parts share in every fetch.
+
+        A line that is read meets so many vectors in `products`.
+        """
         builder = v.builder
         self.v, self.place, self.sharing = v, place, sharing
         row, offset, self.last, self.size = (v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields)))
         self.row, self.offset = (v.variable_of(x) for x in (row, offset))
-        self.one_by_one = v.machine.cpu in FETCH_ONE_BY_ONE
+        self.one_by_one = v.machine.cpu in ONE_BY_ONE
+        self.apart = products < ONE_BY_ONE.get(v.machine.cpu, 0)
         self.together = 1 if self.one_by_one else TOGETHER
         self.of_a_row = v.over(self.size, LINE)
-        if self.one_by_one:
+        if self.apart:
             start = v.load(row, I64)
             self.line = v.variable_of(builder.add(start, offset))
             self.end = v.variable_of(builder.add(start, self.size))
@@ -67,12 +75,19 @@ class Fetcher:
         """Fetch this part's share of so many lines."""
         with self.v.builder.goto_entry_block():
             portion = self.portion(ir.Constant(I64, lines), self.sharing, lines)
-        self.fetch(portion)
+        if self.apart or not self.one_by_one:
+            self.fetch(portion)
+            return
+        # Without a loop, whose jumps would take longer than all else.
+        builder = self.v.builder
+        for i in range(lines):
+            with builder.if_then(builder.icmp_signed("<", ir.Constant(I64, i), portion.times)):
+                self._fetch_some(1)
 
     def fetch(self, portion: Portion) -> None:
         """Fetch the next lines; after the last row, that one over and over, which costs nothing."""
         with self.v.loop(portion.times):
-            if self.one_by_one:
+            if self.apart:
                 self._fetch_one()
             else:
                 self._fetch_some(portion.together)
@@ -109,7 +124,7 @@ class Fetcher:
         """Leave the place for the next part."""
         v, builder = self.v, self.v.builder
         offset = builder.load(self.offset)
-        if self.one_by_one:
+        if self.apart:
             offset = builder.sub(builder.load(self.line), builder.sub(builder.load(self.end), self.size))
         for i, x in enumerate((builder.load(self.row), offset)):
             v.store(x, v.address(self.place, i, 8))

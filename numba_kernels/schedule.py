@@ -15,9 +15,11 @@ from numba_kernels.call import (
     call_at,
     columns_of,
     group_lanes,
+    group_of,
     head_state,
     join_heads,
     lay_out,
+    query_head,
     read_call,
     scratch_size,
     window,
@@ -50,20 +52,20 @@ def state_size(call):  # type: ignore[no-untyped-def]
 
 
 @native
-def parts_of(call, state, i):  # type: ignore[no-untyped-def]
-    """Where the state of a unit has what belongs to its query head i: output, largest score, sum of weights."""
-    columns, padded = columns_of(call), group_lanes(call)
-    head = state + head_state(call) * (i // call.group)
-    top = head + 4 * (call.group * columns + i % call.group)
-    return head + 4 * columns * (i % call.group), top, top + 4 * padded
+def parts_of(call, state, h, g):  # type: ignore[no-untyped-def]
+    """Where the state of a unit has what belongs to head g of a group: output, largest score, sum of weights."""
+    columns, head = columns_of(call), state + head_state(call) * h
+    top = head + 4 * (group_of(call) * columns + g)
+    return head + 4 * columns * g, top, top + 4 * group_lanes(call)
 
 
 @native
 def finish(call, b, first_head, state):  # type: ignore[no-untyped-def]
     """The results of a unit of heads from its state."""
     for i in range(call.unit_heads * call.group):
-        source, top, total = parts_of(call, state, i)
-        row = (b * call.heads + first_head) * call.group + i
+        h, g = i // call.group, i % call.group
+        source, top, total = parts_of(call, state, h, g)
+        row = query_head(call, b, first_head + h, g)
         sum_ = load_float32(total)
         store_float32(call.lse + 4 * row, load_float32(top) + np.log(sum_) if sum_ != F(0) else MINUS_INFINITY)
         linked.divide(source, total, call.out + 4 * row * call.head_dim, call.head_dim)
@@ -74,8 +76,9 @@ def merge(call, state, part):  # type: ignore[no-untyped-def]
     """Fold a partial state into another."""
     columns, padded = columns_of(call), group_lanes(call)
     for i in range(call.unit_heads * call.group):
-        a, top, _ = parts_of(call, state, i)
-        b, part_top, _ = parts_of(call, part, i)
+        h, g = i // call.group, i % call.group
+        a, top, _ = parts_of(call, state, h, g)
+        b, part_top, _ = parts_of(call, part, h, g)
         linked.merge(a, b, top, part_top, 4 * padded, columns)
 
 
@@ -130,7 +133,7 @@ def finish_rest(call, partials, length):  # type: ignore[no-untyped-def]
         for unit in range(units):
             if size == 0:
                 for i in range(call.unit_heads * call.group):
-                    row = (b * call.heads + unit * call.unit_heads) * call.group + i
+                    row = query_head(call, b, unit * call.unit_heads, 0) + i
                     store_float32(call.lse + 4 * row, MINUS_INFINITY)
                     for d in range(call.head_dim):
                         store_float32(call.out + 4 * (row * call.head_dim + d), F(0))

@@ -7,7 +7,17 @@ import numpy as np
 
 from jax_ifa.masking import MASK_VALUE
 from numba_kernels import linked
-from numba_kernels.call import bias_at, columns_of, group_lanes, head_state, joined, query_size, window
+from numba_kernels.call import (
+    bias_at,
+    columns_of,
+    group_lanes,
+    group_of,
+    head_state,
+    joined,
+    query_head,
+    query_size,
+    window,
+)
 from numba_kernels.fetching import Place
 from numba_kernels.frame import WORD
 from numba_kernels.native import (
@@ -65,7 +75,7 @@ def arrange_parts(call, s, h, g):  # type: ignore[no-untyped-def]
     """Put query head g of the unit's kv head h from its plain rows to where `scores` wants it."""
     length = columns_of(call) // linked.pack()
     heads = HEADS[0]
-    while g >= call.group // heads * heads:  # it is in none of the parts of so many heads
+    while g >= group_of(call) // heads * heads:  # it is in none of the parts of so many heads
         heads //= 2
     first, piece = g // heads * heads, linked.piece(heads)
     to = s.query + query_size(call) * h + 4 * length * linked.query_digits() * first + 4 * piece * (g - first)
@@ -92,31 +102,33 @@ def arrange_columns(call, s, h, g):  # type: ignore[no-untyped-def]
 @native
 def begin(call, s, b, first_head):  # type: ignore[no-untyped-def]
     """The queries of a unit of heads as digits, and their state before the first tile."""
-    for i in range(call.unit_heads * call.group):
-        query = call.query + 4 * call.head_dim * ((b * call.heads + first_head) * call.group + i)
+    group = group_of(call)
+    for i in range(call.unit_heads * group):
+        h, g = i // group, i % group
+        query = call.query + 4 * call.head_dim * query_head(call, b, first_head + h, g)
         initial = s.initial + 4 * linked.query_digits() * i
         linked.split(query, call.scale + 4 * b, initial, s.weight + 4 * i, s.plain, call.head_dim)
         if linked.amx() != 0:
-            arrange_columns(call, s, i // call.group, i % call.group)
+            arrange_columns(call, s, h, g)
         else:
-            arrange_parts(call, s, i // call.group, i % call.group)
+            arrange_parts(call, s, h, g)
     columns = columns_of(call)
     size = head_state(call)
     linked.series(s.state, 0, 0, call.unit_heads * size // WORD)
     for h in range(call.unit_heads):
-        for g in range(call.group):
-            store_float32(s.state + size * h + 4 * (call.group * columns + g), MINUS_INFINITY)
+        for g in range(group):
+            store_float32(s.state + size * h + 4 * (group * columns + g), MINUS_INFINITY)
     linked.series(s.zeros, 0, 0, up(linked.itemsize() * call.head_dim, WORD) // WORD)
 
 
 @native
 def add_bias_and_mask(call, s, b, head, first, count):  # type: ignore[no-untyped-def]
     """To the scores of `count` positions of a head from `first` on."""
-    for g in range(call.group):
+    for g in range(group_of(call)):
         scores = s.scores + 4 * linked.tile() * g
         if call.bias != 0:
             for i in range(count):
-                x = load_float32(scores + 4 * i) + bias_at(call, b, head * call.group + g, first + i)
+                x = load_float32(scores + 4 * i) + bias_at(call, b, head, g, first + i)
                 store_float32(scores + 4 * i, x)
         if call.mask != 0:
             mask = call.mask + (b % call.mask_rows) * call.mask_width + first
@@ -133,7 +145,7 @@ def drop_masked_rows(call, s, rows, offset, b, first, count):  # type: ignore[no
         if load_byte(mask + i) == 0:
             continue
         counts = False
-        for g in range(call.group):
+        for g in range(group_of(call)):
             top = load_float32(s.factors + 4 * g)
             counts = counts or load_float32(s.scores + 4 * (linked.tile() * g + i)) - top >= F(EXP_UNDERFLOWS)
         if not counts:
@@ -184,7 +196,7 @@ def advance(call, s, rows, b, first_head, h, offset, first, count):  # type: ign
 
     Its elements are `offset` bytes behind `rows`, which are those of the first head.
     """
-    values, group, head_dim = rows + WORD * call.tile, call.group, call.head_dim
+    values, group, head_dim = rows + WORD * call.tile, group_of(call), call.head_dim
     columns, padded = columns_of(call), group_lanes(call)
     if offset > 0 and count < call.tile:  # what fills the tile is the same for all heads
         for i in range(count, call.tile):

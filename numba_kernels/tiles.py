@@ -29,6 +29,9 @@ from numba_kernels.machine import Machine
 from numba_kernels.vectors import EXP_TERMS, EXP_TERMS_OF_16_BITS, F32, I16, I32, I64, Vectors
 
 HEADS = (8, 4, 2, 1)  # the numbers of query heads that products are made for: each half of the one before
+# Seven heads, parts of four, two and one, take longer than eight; and three than four, where vectors are short. Of the
+# processors with long ones, it is known of these.
+FOUR_FOR_THREE = ("znver5",)
 SERIES = 8  # numbers of `series` in a line of memory
 # By the number of digits: one of 16 bits, or two bytes with a highest of 127, whose products with 512 keys of -128, the
 # largest D, have room in int32; or three bytes, of which the same holds for the higher two. Of three, what is left of a
@@ -74,7 +77,20 @@ def numbers(form: Format, machine: Machine) -> list[Tile]:
         "weight_lanes": form.weight_lanes,
         "amx": int(form.amx),
     }
-    return [number(name, value) for name, value in values.items()]
+    return [*(number(name, value) for name, value in values.items()), _group(form, machine)]
+
+
+def _group(form: Format, machine: Machine) -> Tile:
+    """(queries): query heads that are multiplied where so many share a kv head: see `FOUR_FOR_THREE`."""
+    whole = 4 if machine.lanes < 16 or machine.cpu in FOUR_FOR_THREE else 8
+
+    def body(v: Vectors, queries: Any) -> ir.Value:
+        missing = v.builder.icmp_unsigned(
+            "==", v.builder.urem(queries, ir.Constant(I64, whole)), ir.Constant(I64, whole - 1)
+        )
+        return queries if form.amx else v.builder.add(queries, v.builder.zext(missing, I64))
+
+    return Tile("group", 1, body, number=True)
 
 
 def number(name: str, value: int, arguments: int = 0) -> Tile:
@@ -173,14 +189,14 @@ def _split(form: Format) -> Tile:
             return
 
         zero, most, bits = v.constant(v.floats, 0.0), LARGEST_QUERY[form.query_digits], form.digit_bits
-        largest, wrong, *sums = (v.variable_of(zero) for _ in range(2 + form.query_digits))
-        with v.loop(vectors) as i:
-            x = read(i)
-            builder.store(v.float_function("maxnum", builder.load(largest), v.float_function("fabs", x)), largest)
-            builder.store(v.float_function("fma", x, zero, builder.load(wrong)), wrong)  # NaN of NaN and infinity
-        step = v.float_function("maxnum", v.reduce("max", [builder.load(largest)]), ir.Constant(F32, 1e-30))
-        step = builder.fdiv(step, ir.Constant(F32, most))
-        step = builder.fadd(step, v.reduce("fadd", [builder.load(wrong)]))
+        largest, *sums = (v.variable_of(v.constant(v.ints, 0)) for _ in range(1 + form.query_digits))
+        with v.loop(vectors) as i:  # as integers, of which infinity and NaN are the largest
+            x = builder.and_(v.as_ints(read(i)), v.constant(v.ints, 2**31 - 1))
+            builder.store(v.larger(x, builder.load(largest)), largest)
+        found = builder.bitcast(v.reduce("max", [builder.load(largest)]), F32)
+        finite = builder.fcmp_ordered("<", found, ir.Constant(F32, float("inf")))
+        step = builder.fdiv(v.larger(found, ir.Constant(F32, 1e-30)), ir.Constant(F32, most))
+        step = builder.select(finite, step, ir.Constant(F32, float("nan")))
         v.store(builder.fmul(factor, step), weight)
         inverse = v.splat(builder.fdiv(ir.Constant(F32, 1.0), step))
         with v.loop(vectors) as i:
@@ -194,11 +210,11 @@ def _split(form: Format) -> Tile:
                 to = builder.add(plain, builder.mul(row, ir.Constant(I64, digit)))
                 kind = ir.VectorType(ir.IntType(bits), v.lanes)
                 v.store(builder.trunc(low, kind), v.address(to, i, size // form.pack))
-                builder.store(builder.fadd(builder.load(sums[digit]), builder.sitofp(low, v.floats)), sums[digit])
+                builder.store(builder.add(builder.load(sums[digit]), low), sums[digit])
         if form.signed:
             return
-        for digit, sum_ in enumerate(sums):  # what the keys are raised by is taken back; the floats are integers
-            raised = builder.mul(builder.fptosi(v.reduce("fadd", [builder.load(sum_)]), I32), ir.Constant(I32, -128))
+        for digit, sum_ in enumerate(sums):  # what the keys are raised by is taken back
+            raised = builder.mul(v.reduce("add", [builder.load(sum_)]), ir.Constant(I32, -128))
             v.store(raised, v.address(initial, digit, 4))
 
     return Tile("split", 6, body)

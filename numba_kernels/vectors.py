@@ -25,8 +25,6 @@ LINE = 64  # bytes of a cache line
 # Lines are fetched into the second-level cache, which has room, and more fetches under way; but into the first-level
 # cache of these processors, where that is faster.
 FETCH_TO_FIRST_LEVEL = ("znver5",)
-# Of these processors the memory is slower when several lines are asked for at once.
-FETCH_ONE_BY_ONE = ("znver3", "znver4", "znver5")
 
 
 class Vectors:
@@ -132,15 +130,17 @@ class Vectors:
 
     def larger(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The larger of two in each lane, and b where one is NaN: one instruction on x86."""
-        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+        integers = getattr(a.type, "element", a.type) == I32
+        above = self.builder.icmp_signed(">", a, b) if integers else self.builder.fcmp_ordered(">", a, b)
+        return self.builder.select(above, a, b)
 
     def reduce(self, combine: str, vectors: Sequence[ir.Value]) -> ir.Value:
-        """All lanes of all vectors into one, by halves: `combine` is "max", of which a NaN may be lost, or "fadd"."""
+        """All lanes of all vectors into one, by halves: "max", which may lose a NaN, "fadd", or "add" of int32."""
 
         def both(a: ir.Value, b: ir.Value) -> ir.Value:
-            if combine == "fadd":
-                return self.builder.fadd(a, b)
-            return self.larger(a, b)
+            if combine == "max":
+                return self.larger(a, b)
+            return getattr(self.builder, combine)(a, b)
 
         rows = list(vectors)
         while len(rows) > 1:

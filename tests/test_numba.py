@@ -243,6 +243,46 @@ def test_int32_holds_the_products_of_16_bits(kind: str, dtype: str, monkeypatch:
     )
 
 
+@pytest.mark.parametrize("cpu", ["znver3", "znver4", "znver5", "sapphirerapids"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_whatever_the_processor_fetches_and_copies(cpu: str, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name; of rows that lie together, and of such as are far apart."""
+    monkeypatch.setattr(launch, "this_machine", lambda: without(this_machine(), cpu=cpu))
+    for layout in ("BNSD", "BSND"):
+        case = Case(
+            layout=layout,
+            dtype="bfloat16",
+            int8=int8,
+            heads=72,
+            kv_heads=8,
+            head_dim=70,
+            capacity=200,
+            batch=4,
+            lengths=(200, 129, 1, 0),
+        )
+        assert_out_close(case)
+
+
+@pytest.mark.parametrize("group", [3, 7, 11])
+@pytest.mark.parametrize("int8", [False, True])
+def test_one_head_more_is_multiplied(group: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of three, seven or eleven is there twice, with its bias, in heads by themselves and read together."""
+    monkeypatch.setattr(launch, "this_machine", lambda: without(this_machine(), cpu="znver5", amx=False))
+    for layout in ("BNSD", "BSND"):
+        case = Case(
+            layout=layout,
+            heads=4 * group,
+            kv_heads=4,
+            capacity=300,
+            lengths=(300, 0),
+            int8=int8,
+            mask="4d",
+            bias="batch",
+        )
+        (out, lse), args, kwargs = call_numba(case)
+        assert_close(out, lse, args, kwargs)
+
+
 @pytest.mark.parametrize("head_dim", [72, 128])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_eight_heads_side_by_side(dtype: str, head_dim: int) -> None:
