@@ -3,7 +3,8 @@
 A decode step takes at least the time that its bytes need at the read bandwidth, and the time that its dot products need
 at the peak rate of their instruction. Both are measured in the same run, in turns with the contenders:
 
-    bytes          of the visible keys and values, once, at the bandwidth of `jnp.sum` over as many
+    bytes          of the visible keys and values, once, at the bandwidth of `jnp.sum` over as many, just before: what
+                   the memory of a shared machine gives may change by a factor of two within seconds
     instructions   2 * B * N * S * D multiply-adds, for each digit of the query and of the weights (formats.py),
                    at the rate of independent sums in registers, on all cores (of AMX: of whole matrices)
 
@@ -33,7 +34,7 @@ FORMS = {"BNSD": ("BNSD", 0), "BSND": ("BSND", 0), "BNSD, paged 128": ("BNSD", 1
 # beside what it takes to wake threads.
 MEGABYTES = 512
 KV_HEADS, HEAD_DIM = 8, 128
-XLA = "XLA's loop"
+XLA, MEMORY = "XLA's loop", "memory"
 
 
 def main(
@@ -56,39 +57,42 @@ def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> l
     batch = MEGABYTES * 2**20 // (position * length)
     shape = contenders.Shape(batch, KV_HEADS * group, KV_HEADS, length, HEAD_DIM)
     form = format_of(dtype, False, this_machine(), narrow=dtype != "float32", group=group)  # as `ours` calls it
-    entries = {"memory": read_bandwidth(MEGABYTES), "peak": peak(form, this_machine())}
+    calls: dict[str, Any] = {}
     for label, (layout, block) in FORMS.items():
         block = 32 if dtype == "int8" and block == 16 else block  # the operator's own rule
         label = label.replace("16", str(block)) if block else label
-        entries[label] = contenders.ours(shape, dtype, layout, block)
+        calls[label] = contenders.ours(shape, dtype, layout, block)
         if beside:
-            entries[f"{XLA}, {label}"] = contenders.ours(shape, dtype, layout, block, implementation="xla")
+            calls[f"{XLA}, {label}"] = contenders.ours(shape, dtype, layout, block, implementation="xla")
     if beside:
-        entries |= rivals(shape, dtype)
+        calls |= rivals(shape, dtype)
+    entries, read = {"peak": peak(form, this_machine())}, read_bandwidth(MEGABYTES)
+    for label, call in calls.items():
+        entries |= {f"{MEMORY}, {label}": read, label: call}
     timings = interleave(entries, rounds=rounds, seconds_per_turn=0.1, title=f"{dtype} G={group} S={length}")
-    bandwidth = MEGABYTES * 2**20 / timings.pop("memory").median
     rate = instructions() / timings.pop("peak").median
     products = batch * KV_HEADS * group * length * HEAD_DIM * (form.query_digits + form.weight_digits)
-    by_bytes, by_instructions = (
-        shape.cache_bytes(dtype) / bandwidth,
-        products / multiply_adds(form, this_machine()) / rate,
-    )
-    return [
-        {
-            "cache": dtype,
-            "G": group,
-            "S": length,
-            "contender": label,
-            "ms": timing.median * 1e3,
-            "spread": timing.spread,
-            "bytes": by_bytes / timing.median,
-            "instructions": by_instructions / timing.median,
-            "share": max(by_bytes, by_instructions) / timing.median,
-            "GB/s": bandwidth / 1e9,
-            "G instructions/s": rate / 1e9,
-        }
-        for label, timing in timings.items()
-    ]
+    by_instructions = products / multiply_adds(form, this_machine()) / rate
+    rows = []
+    for label in calls:
+        timing, bandwidth = timings[label], MEGABYTES * 2**20 / timings[f"{MEMORY}, {label}"].median
+        by_bytes = shape.cache_bytes(dtype) / bandwidth
+        rows.append(
+            {
+                "cache": dtype,
+                "G": group,
+                "S": length,
+                "contender": label,
+                "ms": timing.median * 1e3,
+                "spread": timing.spread,
+                "bytes": by_bytes / timing.median,
+                "instructions": by_instructions / timing.median,
+                "share": max(by_bytes, by_instructions) / timing.median,
+                "GB/s": bandwidth / 1e9,
+                "G instructions/s": rate / 1e9,
+            }
+        )
+    return rows
 
 
 def is_ours(row: dict[str, Any]) -> bool:
