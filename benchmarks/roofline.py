@@ -8,8 +8,8 @@ at the peak rate of their instruction. Both are measured in the same run, in tur
     instructions   2 * B * N * S * D multiply-adds, for each digit of the query and of the weights (formats.py),
                    at the rate of independent sums in registers, on all cores (of AMX: of whole matrices)
 
-and the share is the larger of the two over the median time. Beside them XLA's loop on the same forms of the cache, and
-`jax.nn` and torch on the one that they have.
+and the share is the larger of the two over the time, the median over turns. Beside them XLA's loop on the same forms
+of the cache, and `jax.nn` and torch on the one that they have.
 """
 
 import itertools
@@ -18,6 +18,7 @@ import pathlib
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import typer
 from tabulate import tabulate
 
@@ -75,8 +76,10 @@ def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> l
     by_instructions = products / multiply_adds(form, this_machine()) / rate
     rows = []
     for label in calls:
-        timing, bandwidth = timings[label], MEGABYTES * 2**20 / timings[f"{MEMORY}, {label}"].median
-        by_bytes = shape.cache_bytes(dtype) / bandwidth
+        timing, memory = timings[label], timings[f"{MEMORY}, {label}"]
+        bandwidth = MEGABYTES * 2**20 / memory.of_turns
+        by_bytes = shape.cache_bytes(dtype) / bandwidth / timing.of_turns  # of every turn, to the memory just before
+        by_products = by_instructions / timing.of_turns
         rows.append(
             {
                 "cache": dtype,
@@ -85,10 +88,10 @@ def measure(dtype: str, group: int, length: int, rounds: int, beside: bool) -> l
                 "contender": label,
                 "ms": timing.median * 1e3,
                 "spread": timing.spread,
-                "bytes": by_bytes / timing.median,
-                "instructions": by_instructions / timing.median,
-                "share": max(by_bytes, by_instructions) / timing.median,
-                "GB/s": bandwidth / 1e9,
+                "bytes": float(np.median(by_bytes)),
+                "instructions": float(np.median(by_products)),
+                "share": float(np.median(np.maximum(by_bytes, by_products))),
+                "GB/s": float(np.median(bandwidth)) / 1e9,
                 "G instructions/s": rate / 1e9,
             }
         )

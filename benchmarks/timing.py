@@ -15,9 +15,19 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of the calls of one contender."""
+    """Seconds of the calls of one contender, turn by turn."""
 
-    seconds: tuple[float, ...]
+    turns: tuple[tuple[float, ...], ...]
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of all turns."""
+        return tuple(x for turn in self.turns for x in turn)
+
+    @property
+    def of_turns(self) -> np.ndarray:
+        """The median of every turn."""
+        return np.array([np.median(turn) for turn in self.turns])
 
     @property
     def median(self) -> float:
@@ -42,23 +52,24 @@ def interleave(
       seconds_per_turn: how long a turn lasts at most; it makes at least one call.
       title: of the progress bar.
     """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    turns: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
     for function in contenders.values():
         function()  # compiles
     with tqdm(total=rounds * len(contenders), desc=title, leave=False) as bar:
         for _ in range(rounds):
             for name, function in contenders.items():
                 function()  # this turn's caches and threads, not the last contender's
-                began = time.perf_counter()
+                began, taken = time.perf_counter(), []
                 while True:
                     before = time.perf_counter()
                     function()
                     after = time.perf_counter()
-                    samples[name].append(after - before)
+                    taken.append(after - before)
                     if after - began > seconds_per_turn:
                         break
+                turns[name].append(tuple(taken))
                 bar.update()
-    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+    return {name: Timing(tuple(taken)) for name, taken in turns.items()}
 
 
 def read_bandwidth(megabytes: int = 512) -> Callable[[], object]:

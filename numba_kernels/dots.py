@@ -263,7 +263,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
     wide = 1 if form.integer else max(1, min(8, machine.registers // 2 // most) // form.per_lane)  # readings of a row
     at_once = 2 if form.integer else form.per_lane  # of the vectors that these become: more would not fit
     column_bytes = machine.lanes * form.pack * form.itemsize  # that are read for one of these vectors
-    # Lanes of weights. Each of n turns reads n lines for one that it fetches: all of them read the same.
+    # Lanes of weights. Each of n turns meets n lines for one that it fetches: all of them meet the same.
     together = max(1, len(turns) * LINE // (at_once * wide * column_bytes))
     products_of_a_line = heads * digits * LINE // column_bytes
     by_lane = machine.by_lane

@@ -10,8 +10,9 @@
 
 `scores` and `values`, the products, are in dots.py, and as products of matrices in amx.py; the others are here.
 
-Rows of the cache are read where they lie, once for a few heads, and all that is made of them stays in registers. The
-memory is kept busy meanwhile: every step of the work has as many lines of the next tile fetched as it reads.
+Rows of the cache are read where they lie, once for a few heads, and what is made of them stays in registers, or in a
+copy of a few KB until the next of these have read it. The memory is kept busy meanwhile: every step of the work has
+as many lines of the next tile fetched as it reads.
 
 All take addresses as int64: they work on memory of XLA's and on scratch, and nothing there has a Python object. They
 are emitted straight as LLVM IR, into a module of their own; the Numba code sees them as external functions.

@@ -25,7 +25,7 @@ from numba_kernels import amx, build, formats, launch
 from numba_kernels import machine as machine_module
 from numba_kernels.formats import Format, format_of
 from numba_kernels.machine import Machine, describe, this_machine
-from numba_kernels.tiles import Tile, module_of
+from numba_kernels.tiles import Tile, module_of, numbers
 from numba_kernels.vectors import EXP_TERMS, EXP_TERMS_OF_16_BITS, I64, Vectors
 
 AVX512 = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "avx512bf16", "avx512vnni"), True)
@@ -247,7 +247,7 @@ def test_int32_holds_the_products_of_16_bits(kind: str, dtype: str, monkeypatch:
 @pytest.mark.parametrize("int8", [False, True])
 def test_whatever_the_processor_fetches_and_copies(cpu: str, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name; of rows that lie together, and of such as are far apart."""
-    monkeypatch.setattr(launch, "this_machine", lambda: without(this_machine(), cpu=cpu))
+    monkeypatch.setattr(launch, "this_machine", lambda: without(this_machine(), cpu=cpu, amx=False))
     for layout in ("BNSD", "BSND"):
         case = Case(
             layout=layout,
@@ -266,21 +266,48 @@ def test_whatever_the_processor_fetches_and_copies(cpu: str, int8: bool, monkeyp
 @pytest.mark.parametrize("group", [3, 7, 11])
 @pytest.mark.parametrize("int8", [False, True])
 def test_one_head_more_is_multiplied(group: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last of three, seven or eleven is there twice, with its bias, in heads by themselves and read together."""
+    """The last of three, seven or eleven is there twice, with its bias, in heads by themselves and read together.
+
+    It is masked too: a NaN there has no influence.
+    """
     monkeypatch.setattr(launch, "this_machine", lambda: without(this_machine(), cpu="znver5", amx=False))
     for layout in ("BNSD", "BSND"):
         case = Case(
             layout=layout,
             heads=4 * group,
             kv_heads=4,
+            head_dim=144,
             capacity=300,
             lengths=(300, 0),
             int8=int8,
             mask="4d",
             bias="batch",
         )
-        (out, lse), args, kwargs = call_numba(case)
-        assert_close(out, lse, args, kwargs)
+        (out, lse), (query, key, value), kwargs = call_numba(case)
+        assert_close(out, lse, (query, key, value), kwargs)
+        if not int8:
+            shape = (2, 1, -1, 1) if layout == "BNSD" else (2, -1, 1, 1)
+            soiled = np.where(kwargs["atten_mask"].reshape(shape), np.float32(np.nan), value)
+            again, _ = incre_flash_attention(query, key, soiled, return_lse=True, **kwargs)
+            np.testing.assert_array_equal(again, out)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "lanes", "amx", "expected"),
+    [
+        ("znver5", 16, False, {3: 4, 7: 8, 11: 12, 6: 6, 8: 8}),
+        ("znver4", 16, False, {3: 3, 7: 8, 11: 11, 15: 16}),
+        ("znver3", 8, False, {3: 4, 7: 8, 2: 2}),
+        ("sapphirerapids", 16, True, {7: 7}),
+    ],
+)
+def test_how_many_heads_are_multiplied(cpu: str, lanes: int, amx: bool, expected: dict[int, int]) -> None:
+    machine = without(this_machine(), cpu=cpu, lanes=lanes, amx=amx)
+    form = format_of("bfloat16", False, machine, narrow=True, group=8)
+    group = next(tile for tile in numbers(form, machine) if tile.name == "group")
+    engine = build.native_engine(llvm.parse_assembly(str(module_of({"group": group}, machine))), this_machine())
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("group"))
+    assert {queries: function(queries) for queries in expected} == expected
 
 
 @pytest.mark.parametrize("head_dim", [72, 128])
