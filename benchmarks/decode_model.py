@@ -59,6 +59,11 @@ def main() -> None:
     parser.add_argument("--fill", action="store_true", help="do not read the prompts of our rows")
     parser.add_argument("--name", default="cpu")
     options = parser.parse_args()
+    policy = os.environ.get("OMP_WAIT_POLICY", "")
+    if policy.lower() == "passive":  # llama.cpp's threads would sleep between layers
+        parser.error(
+            f"OMP_WAIT_POLICY must not be passive, which slows llama.cpp down: expected it unset, got {policy!r}"
+        )
     path = default_model()
     file = GGUFFile(path)
     models = {"weights of the file": load_model(file), "float32 weights": load_model(file, dense=True)}
