@@ -48,9 +48,8 @@ class Fetcher:
         self.v, self.place, self.sharing = v, place, sharing
         row, offset, self.last, self.size = (v.load(v.address(place, i, 8), I64) for i in range(len(Place._fields)))
         self.row, self.offset = (v.variable_of(x) for x in (row, offset))
-        self.one_by_one = v.machine.cpu in ONE_BY_ONE
         self.apart = products < ONE_BY_ONE.get(v.machine.cpu, 0)
-        self.together = 1 if self.one_by_one else TOGETHER
+        self.together = 1 if v.machine.cpu in ONE_BY_ONE else TOGETHER
         self.of_a_row = v.over(self.size, LINE)
         if self.apart:
             start = v.load(row, I64)
@@ -75,7 +74,7 @@ class Fetcher:
         """Fetch this part's share of so many lines."""
         with self.v.builder.goto_entry_block():
             portion = self.portion(ir.Constant(I64, lines), self.sharing, lines)
-        if self.apart or not self.one_by_one:
+        if self.apart or self.together > 1:
             self.fetch(portion)
             return
         # Without a loop, whose jumps would take longer than all else.

@@ -52,9 +52,10 @@ def state_size(call):  # type: ignore[no-untyped-def]
 
 
 @native
-def parts_of(call, state, h, g):  # type: ignore[no-untyped-def]
-    """Where the state of a unit has what belongs to head g of a group: output, largest score, sum of weights."""
-    columns, head = columns_of(call), state + head_state(call) * h
+def parts_of(call, state, i):  # type: ignore[no-untyped-def]
+    """Where the state of a unit has what belongs to its query head i: output, largest score, sum of weights."""
+    columns, g = columns_of(call), i % call.group
+    head = state + head_state(call) * (i // call.group)
     top = head + 4 * (group_of(call) * columns + g)
     return head + 4 * columns * g, top, top + 4 * group_lanes(call)
 
@@ -63,9 +64,8 @@ def parts_of(call, state, h, g):  # type: ignore[no-untyped-def]
 def finish(call, b, first_head, state):  # type: ignore[no-untyped-def]
     """The results of a unit of heads from its state."""
     for i in range(call.unit_heads * call.group):
-        h, g = i // call.group, i % call.group
-        source, top, total = parts_of(call, state, h, g)
-        row = query_head(call, b, first_head + h, g)
+        source, top, total = parts_of(call, state, i)
+        row = query_head(call, b, first_head, 0) + i
         sum_ = load_float32(total)
         store_float32(call.lse + 4 * row, load_float32(top) + np.log(sum_) if sum_ != F(0) else MINUS_INFINITY)
         linked.divide(source, total, call.out + 4 * row * call.head_dim, call.head_dim)
@@ -76,9 +76,8 @@ def merge(call, state, part):  # type: ignore[no-untyped-def]
     """Fold a partial state into another."""
     columns, padded = columns_of(call), group_lanes(call)
     for i in range(call.unit_heads * call.group):
-        h, g = i // call.group, i % call.group
-        a, top, _ = parts_of(call, state, h, g)
-        b, part_top, _ = parts_of(call, part, h, g)
+        a, top, _ = parts_of(call, state, i)
+        b, part_top, _ = parts_of(call, part, i)
         linked.merge(a, b, top, part_top, 4 * padded, columns)
 
 
