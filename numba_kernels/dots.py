@@ -20,7 +20,7 @@ from numba_kernels.vectors import F32, I32, I64, LINE, Vectors
 # Rows that are so many bytes apart lie in few sets of a first-level cache, which cannot hold a strip of a tile then. So
 # on these processors a copy is made of such int8 values, which are read more than once.
 FAR = 512
-COPIES_FAR_VALUES = ("znver5",)
+COPIES_FAR_VALUES = ("znver4", "znver5")
 Read = Callable[[ir.Value, int], list[ir.Value]]  # of a lane of weights and a strip: the vectors that meet it
 
 
