@@ -41,6 +41,8 @@ F = np.float32
 MINUS_INFINITY = F(-np.inf)
 MASKED = F(MASK_VALUE)
 MEMORY_PAGE = 4096  # bytes, at least
+# One line of memory has the translations of eight such pages. Those of so many tiles are asked for at once.
+TRANSLATED, TRANSLATED_TILES = 8 * MEMORY_PAGE, 16
 
 
 @native
@@ -230,6 +232,19 @@ def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # typ
 
 
 @native
+def ask_for_translations(call, b, head, first, last):  # type: ignore[no-untyped-def]
+    """Fetch what translates the addresses of positions [first, last) of a head that lies in one piece.
+
+    It comes from memory itself, and a core waits for it however far ahead it fetches: for several lines no longer than
+    for one. Of heads that are read together, and of pages, every tile has several, which it asks for by itself.
+    """
+    for pages in (call.key, call.value):
+        address = head_of_page(call, pages, 0, 0, b, 0, head)
+        for offset in range(call.row_stride * first, call.row_stride * last, TRANSLATED):
+            fetch(address + offset)
+
+
+@native
 def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no-untyped-def]
     """Positions [first, last) of one unit of heads, into the scratch's state, and fetch what comes next."""
     first_head = unit * call.unit_heads
@@ -238,6 +253,9 @@ def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no
     prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
     for t in range(first, last, call.tile):
         prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
+        if call.table == 0 and call.unit_heads == 1 and (t - first) % (TRANSLATED_TILES * call.tile) == 0:
+            far = t + 2 * call.tile
+            ask_for_translations(call, b, first_head, far, min(last, far + TRANSLATED_TILES * call.tile))
         for h in range(call.unit_heads):
             advance(call, s, rows, b, first_head, h, call.head_stride * h, t, min(call.tile, last - t))
         rows, ahead = ahead, rows

@@ -295,7 +295,6 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
         size = builder.mul(blocks, ir.Constant(I64, 4 * v.lanes))
         tops, totals, fades, shares = (builder.add(factors, builder.mul(size, ir.Constant(I64, i))) for i in range(4))
         nothing = v.constant(v.floats, float("-inf"))
-        terms = EXP_TERMS_OF_16_BITS if form.weight_bits == 16 else EXP_TERMS
 
         def read(h: ir.Value, vectors: int) -> list[ir.Value]:
             row = v.address(scores, h, 4 * form.tile)
@@ -328,9 +327,9 @@ def weigh(form: Format, percent: int = 0, meanwhile: Callable[[Vectors], None] |
                 top = v.load(v.address(tops, h, 4), F32)
                 none = builder.fcmp_ordered("==", top, ir.Constant(F32, float("-inf")))
                 shift = v.splat(builder.select(none, ir.Constant(F32, 0.0), top))
-                exps = [v.exp(builder.fsub(x, shift), terms) for x in read(h, vectors)]
+                below = [builder.fsub(x, shift) for x in read(h, vectors)]
                 line = v.address(weights, h, 4 * form.weight_rows * form.weight_lanes)
-                v.store(_store_weights(v, form, exps, line), v.address(totals, h, 4))
+                v.store(_store_weights(v, form, below, line), v.address(totals, h, 4))
 
         if form.least_tile == form.tile:
             weigh_some(form.tile // v.lanes)
@@ -361,21 +360,22 @@ def _weight_of_one(form: Format) -> int:
     return sum(digit << form.digit_bits * i for i in range(form.weight_digits))
 
 
-def _store_weights(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
-    """A head's weights into the row or rows of its digits; and their sum.
+def _store_weights(v: Vectors, form: Format, below: list[ir.Value], at: ir.Value) -> ir.Value:
+    """A head's weights, exp of how far its scores are below the largest, into the rows of their digits; and their sum.
 
     One bfloat16, two bytes, three signed ones and an int16 are rounded, and the sum is of what they hold, so that many
     weights rounded in one direction, or to nothing, do no harm. Three unsigned bytes hold more than a float32 of 1 does
     in its last place, and are cut off.
     """
+    terms = EXP_TERMS_OF_16_BITS if form.weight_bits == 16 else EXP_TERMS
     if form.integer:
-        return _store_integers(v, form, weights, at)
-    return v.reduce("fadd", [_store_weight(v, form, weight, at, i) for i, weight in enumerate(weights)])
+        return _store_integers(v, form, below, terms, at)
+    return v.reduce("fadd", [_store_weight(v, form, v.exp(x, terms), at, i) for i, x in enumerate(below)])
 
 
 def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, index: int) -> ir.Value:
     """Vector `index` of a head's weights as float32 or bfloat16; and what to sum of it."""
-    builder, lanes, summed = v.builder, v.lanes, weight
+    builder, lanes = v.builder, v.lanes
 
     def put(value: ir.Value, digit: int) -> None:
         if form.interleaved:
@@ -389,31 +389,33 @@ def _store_weight(v: Vectors, form: Format, weight: ir.Value, at: ir.Value, inde
 
     if form.pack == 1:
         put(weight, 0)
-    else:
-        for digit in range(form.weight_digits):
-            half, weight = v.round_to_bfloat16(weight)
-            put(builder.bitcast(half, ir.VectorType(I16, lanes)), digit)
-        if form.weight_digits == 1:
-            summed = builder.fsub(summed, weight)
-    return summed
+        return weight
+    left = weight
+    for digit in range(form.weight_digits):
+        half, held = v.round_to_bfloat16(left)
+        put(builder.bitcast(half, ir.VectorType(I16, lanes)), digit)
+        left = builder.fsub(left, held)
+    return held if form.weight_digits == 1 else weight
 
 
-def _store_integers(v: Vectors, form: Format, weights: list[ir.Value], at: ir.Value) -> ir.Value:
+def _store_integers(
+    v: Vectors, form: Format, below: list[ir.Value], terms: tuple[float, ...], at: ir.Value
+) -> ir.Value:
     """A head's weights as bytes or int16, of `pack` weights `positions_apart` in a lane; and their sum.
 
     A NaN becomes some number: the sum of the weights is NaN then, and so will the result be.
     """
     builder, one, bits = v.builder, _weight_of_one(form), form.digit_bits
-    scale, rounder = v.constant(v.floats, one), v.constant(v.floats, 2.0**23)
     if one < 2**23:  # rounded, they are the low bits of a float32
-        rounded = [v.float_function("fma", weight, scale, rounder) for weight in weights]
+        rounder = v.constant(v.floats, 2.0**23)
+        rounded = [v.exp(x, terms, one, rounder) for x in below]
         total = v.reduce("fadd", [builder.fsub(x, rounder) for x in rounded])
-        total = builder.fmul(total, ir.Constant(F32, 1.0 / one))
         whole = [v.as_ints(x) for x in rounded]
     else:
+        weights = [v.exp(x, terms, one) for x in below]
         total = v.reduce("fadd", weights)
-        scaled = [v.larger(builder.fmul(weight, scale), v.constant(v.floats, 0.0)) for weight in weights]
-        whole = [builder.fptosi(x, v.ints) for x in scaled]
+        whole = [builder.fptosi(v.larger(x, v.constant(v.floats, 0.0)), v.ints) for x in weights]
+    total = builder.fmul(total, ir.Constant(F32, 1.0 / one))
     if form.signed and form.weight_digits > 1:  # half of a digit's numbers are below 0, which the next one makes up for
         half = v.constant(v.ints, sum(2 ** (bits - 1) << bits * i for i in range(form.weight_digits - 1)))
         whole = [builder.xor(builder.add(x, half), half) for x in whole]

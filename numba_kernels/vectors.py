@@ -21,6 +21,7 @@ EXP_TERMS = (0.0013836742, 0.0083748987, 0.0416682325, 0.1666641980, 0.499999910
 EXP_TERMS_OF_16_BITS = (0.0412773493, 0.1675360082, 0.5000512641, 1.0, 1.0)
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 EXP_UNDERFLOWS = -87.3  # below this exp(x) is not a normal float32
+EXP_VANISHES = -88.03  # here it is 2**-127, whose exponent is that of 0
 LINE = 64  # bytes of a cache line
 # Lines are fetched into the second-level cache, which has room, and more fetches under way; but into the first-level
 # cache of these processors, where that is faster.
@@ -311,29 +312,32 @@ class Vectors:
         (total,) = rows
         return total
 
-    def exp(self, x: ir.Value, terms: tuple[float, ...] = EXP_TERMS) -> ir.Value:
-        """exp of float32 lanes, at most 0 each, by one of the polynomials; 0 where it underflows, NaN of NaN.
+    def exp(
+        self, x: ir.Value, terms: tuple[float, ...] = EXP_TERMS, factor: float = 1.0, more: ir.Value | None = None
+    ) -> ir.Value:
+        """The exp of float32 lanes, at most 0 each, times a factor and plus `more`; 0 where it underflows, NaN of NaN.
 
-        log(2) is a float32, off by 2e-9 of n: less than x itself is off, which is near n * log(2).
+        `terms` is one of the polynomials. log(2) is a float32, off by 2e-9 of n: less than x itself is off, which is
+        near n * log(2).
         """
         c, fma = self.constant, lambda *values: self.float_function("fma", *values)
+        x = self.larger(c(self.floats, EXP_VANISHES), x)
         rounder = c(self.floats, 1.5 * 2**23 + 127)  # adding it rounds to an integer, in the low bits
         shifted = fma(x, c(self.floats, LOG2E), rounder)
         n = self.builder.fsub(shifted, rounder)
         r = fma(n, c(self.floats, -LN2), x)
-        y = c(self.floats, terms[0])
+        y = c(self.floats, factor * terms[0])
         for term in terms[1:]:
-            y = fma(y, r, c(self.floats, term))
-        bits = self.builder.shl(self.as_ints(shifted), c(self.ints, 23))  # 2**n: the rounder's own are shifted out
-        y = self.builder.fmul(y, self.as_floats(bits))
-        gone = self.builder.fcmp_ordered("<", x, c(self.floats, EXP_UNDERFLOWS))
-        return self.builder.select(gone, c(self.floats, 0.0), y)
+            y = fma(y, r, c(self.floats, factor * term))
+        # 2**n: the rounder's own bits are shifted out
+        power = self.as_floats(self.builder.shl(self.as_ints(shifted), c(self.ints, 23)))
+        return self.builder.fmul(y, power) if more is None else fma(y, power, more)
 
     def round_to_bfloat16(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The nearest bfloat16 of float32 lanes, and what is left of them."""
+        """The nearest bfloat16 of float32 lanes, and the same as float32."""
         half = self.builder.fptrunc(x, ir.VectorType(_BFLOAT, self.lanes))
         bits = self.builder.zext(self.builder.bitcast(half, ir.VectorType(I16, self.lanes)), self.ints)
-        return half, self.builder.fsub(x, self.as_floats(self.builder.shl(bits, self.constant(self.ints, 16))))
+        return half, self.as_floats(self.builder.shl(bits, self.constant(self.ints, 16)))
 
     def load_parts(self, form: Format, address: ir.Value, index: int, count: ir.Value | None) -> list[ir.Value]:
         """`form.per_lane` elements of a row of the cache for every lane, as `form.parts` vectors.
