@@ -34,7 +34,7 @@ from numba_kernels.native import (
 )
 from numba_kernels.records import record_of
 from numba_kernels.tiles import HEADS, SERIES
-from numba_kernels.vectors import EXP_UNDERFLOWS
+from numba_kernels.vectors import EXP_VANISHES
 
 _, put_place = record_of(Place)
 F = np.float32
@@ -149,7 +149,7 @@ def drop_masked_rows(call, s, rows, offset, b, first, count):  # type: ignore[no
         counts = False
         for g in range(group_of(call)):
             top = load_float32(s.factors + 4 * g)
-            counts = counts or load_float32(s.scores + 4 * (linked.tile() * g + i)) - top >= F(EXP_UNDERFLOWS)
+            counts = counts or load_float32(s.scores + 4 * (linked.tile() * g + i)) - top > F(EXP_VANISHES)
         if not counts:
             store_int64(rows + 8 * i, s.zeros - offset)
 
@@ -235,13 +235,14 @@ def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # typ
 def ask_for_translations(call, b, head, first, last):  # type: ignore[no-untyped-def]
     """Fetch what translates the addresses of positions [first, last) of a head that lies in one piece.
 
-    It comes from memory itself, and a core waits for it however far ahead it fetches: for several lines no longer than
-    for one. Of heads that are read together, and of pages, every tile has several, which it asks for by itself.
+    It may come from memory itself, and a core waits for it however far ahead it fetches: for several lines no longer
+    than for one. Of heads that are read together, and of pages, every tile has several, and asks for them by itself.
     """
     for pages in (call.key, call.value):
-        address = head_of_page(call, pages, 0, 0, b, 0, head)
-        for offset in range(call.row_stride * first, call.row_stride * last, TRANSLATED):
-            fetch(address + offset)
+        head_begins = head_of_page(call, pages, 0, 0, b, 0, head)
+        begin, end = head_begins + call.row_stride * first, head_begins + call.row_stride * last
+        for address in range(begin - begin % TRANSLATED, end, TRANSLATED):
+            fetch(address)
 
 
 @native
@@ -251,10 +252,11 @@ def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no
     begin(call, s, b, first_head)
     rows, ahead = s.rows, s.rows + WORD * (2 * call.tile + SERIES)
     prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
+    in_one_piece = call.table == 0 and call.unit_heads == 1 and call.head_stride >= call.row_stride
     for t in range(first, last, call.tile):
         prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
-        if call.table == 0 and call.unit_heads == 1 and (t - first) % (TRANSLATED_TILES * call.tile) == 0:
-            far = t + 2 * call.tile
+        far = t + 2 * call.tile
+        if in_one_piece and (t - first) % (TRANSLATED_TILES * call.tile) == 0 and far < last:
             ask_for_translations(call, b, first_head, far, min(last, far + TRANSLATED_TILES * call.tile))
         for h in range(call.unit_heads):
             advance(call, s, rows, b, first_head, h, call.head_stride * h, t, min(call.tile, last - t))

@@ -406,13 +406,12 @@ def _store_integers(
     A NaN becomes some number: the sum of the weights is NaN then, and so will the result be.
     """
     builder, one, bits = v.builder, _weight_of_one(form), form.digit_bits
-    if one < 2**23:  # rounded, they are the low bits of a float32
-        rounder = v.constant(v.floats, 2.0**23)
-        rounded = [v.exp(x, terms, one, rounder) for x in below]
-        total = v.reduce("fadd", [builder.fsub(x, rounder) for x in rounded])
-        whole = [v.as_ints(x) for x in rounded]
+    rounder = v.constant(v.floats, 2.0**23) if one < 2**23 else None
+    weights = [v.exp(x, terms, one, rounder) for x in below]
+    if rounder is not None:  # they are the low bits of a float32
+        total = v.reduce("fadd", [builder.fsub(x, rounder) for x in weights])
+        whole = [v.as_ints(x) for x in weights]
     else:
-        weights = [v.exp(x, terms, one) for x in below]
         total = v.reduce("fadd", weights)
         whole = [builder.fptosi(v.larger(x, v.constant(v.floats, 0.0)), v.ints) for x in weights]
     total = builder.fmul(total, ir.Constant(F32, 1.0 / one))

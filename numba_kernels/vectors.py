@@ -20,8 +20,7 @@ EXP_TERMS = (0.0013836742, 0.0083748987, 0.0416682325, 0.1666641980, 0.499999910
 # The same of a lower degree, 5.3e-6: for weights of which 16 bits are kept, or fewer.
 EXP_TERMS_OF_16_BITS = (0.0412773493, 0.1675360082, 0.5000512641, 1.0, 1.0)
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
-EXP_UNDERFLOWS = -87.3  # below this exp(x) is not a normal float32
-EXP_VANISHES = -88.03  # here it is 2**-127, whose exponent is that of 0
+EXP_VANISHES = -87.7  # from here on exp(x) is 0: here it is nearest to 2**-127, whose exponent is that of 0
 LINE = 64  # bytes of a cache line
 # Lines are fetched into the second-level cache, which has room, and more fetches under way; but into the first-level
 # cache of these processors, where that is faster.
@@ -315,7 +314,7 @@ class Vectors:
     def exp(
         self, x: ir.Value, terms: tuple[float, ...] = EXP_TERMS, factor: float = 1.0, more: ir.Value | None = None
     ) -> ir.Value:
-        """The exp of float32 lanes, at most 0 each, times a factor and plus `more`; 0 where it underflows, NaN of NaN.
+        """The exp of float32 lanes, at most 0 each, times a factor and plus `more`; 0 far below, NaN of NaN.
 
         `terms` is one of the polynomials. log(2) is a float32, off by 2e-9 of n: less than x itself is off, which is
         near n * log(2).

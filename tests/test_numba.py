@@ -455,7 +455,7 @@ def test_every_length_up_to_two_tiles(int8: bool, dtype: str, group: int) -> Non
     np.testing.assert_allclose(np.asarray(out, np.float64) / largest, expected / largest, rtol=0, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("factor,more", [(1.0, 0.0), (2.0**16 - 1, 2.0**23)])
+@pytest.mark.parametrize("factor,more", [(1.0, 0.0), (2.0**24 - 1, 0.0), (2.0**16 - 1, 2.0**23)])
 @pytest.mark.parametrize("terms,error", [(EXP_TERMS, 8e-8), (EXP_TERMS_OF_16_BITS, 5.5e-6)])
 def test_exp(terms: tuple[float, ...], error: float, factor: float, more: float) -> None:
     """To within what rounding its argument changes; 0 far below, and of nothing seen; NaN of NaN."""
@@ -473,14 +473,18 @@ def test_exp(terms: tuple[float, ...], error: float, factor: float, more: float)
     engine = build.native_engine(llvm.parse_assembly(str(module)), machine)
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(engine.get_function_address("exp"))
     special = np.array([0, -0.0, -np.inf, np.nan, -87.7, -1e30, -3e38, -1e-30], np.float32)
-    x = np.concatenate([special, -np.geomspace(1e-6, 87.2, 4088, dtype=np.float32)])
+    smallest = -np.linspace(87.7, 87.3, 16, dtype=np.float32)  # from 0 to the first normal numbers
+    x = np.concatenate([special, smallest, -np.geomspace(1e-6, 87.2, 4072, dtype=np.float32)])
     found = np.empty_like(x)
     run(x.ctypes.data, found.ctypes.data, len(x) // v.lanes)
     np.testing.assert_array_equal(found[:8], factor * np.array([1, 1, 0, np.nan, 0, 0, 0, 1], np.float32) + more)
-    exact = factor * np.exp(x[8:].astype(np.float64))
+    assert (found[8:24] - more).min() >= 0
+    assert (found[8:24] - more).max() <= factor * 1.3e-38
+    x, found = x[24:], found[24:]
+    exact = factor * np.exp(x.astype(np.float64))
     rounded = 0.5 if more else 0.0  # of which a float32 near 2**23 keeps no fraction
-    allowed = rounded + exact * (error + 3e-9 * np.abs(x[8:]))
-    np.testing.assert_array_less(np.abs(found[8:].astype(np.float64) - more - exact), allowed)
+    allowed = rounded + exact * (error + 3e-9 * np.abs(x))
+    np.testing.assert_array_less(np.abs(found.astype(np.float64) - more - exact), allowed)
 
 
 def test_a_masked_value_that_one_head_wants_and_another_does_not() -> None:
