@@ -232,17 +232,20 @@ def prepare_next(call, s, rows, b, unit, first, last, next_b, next_unit):  # typ
 
 
 @native
-def ask_for_translations(call, b, head, first, last):  # type: ignore[no-untyped-def]
-    """Fetch what translates the addresses of positions [first, last) of a head that lies in one piece.
+def ask_for_translations(call, pages, num_pages, table, b, head, first, last):  # type: ignore[no-untyped-def]
+    """Fetch what translates the addresses of positions [first, last) of a head that is read by itself.
 
     It may come from memory itself, and a core waits for it however far ahead it fetches: for several lines no longer
-    than for one. Of heads that are read together, and of pages, every tile has several, and asks for them by itself.
+    than for one. Heads that are read together, and small pages, have several in every tile, which asks for them itself.
     """
-    for pages in (call.key, call.value):
-        head_begins = head_of_page(call, pages, 0, 0, b, 0, head)
-        begin, end = head_begins + call.row_stride * first, head_begins + call.row_stride * last
-        for address in range(begin - begin % TRANSLATED, end, TRANSLATED):
-            fetch(address)
+    t = first
+    while t < last:
+        inside = t % call.page_size
+        here = min(last - t, call.page_size - inside)
+        address = head_of_page(call, pages, num_pages, table, b, t, head) + inside * call.row_stride
+        for line in range(address - address % TRANSLATED, address + here * call.row_stride, TRANSLATED):
+            fetch(line)
+        t += here
 
 
 @native
@@ -252,12 +255,13 @@ def stream(call, s, b, unit, first, last, next_b, next_unit):  # type: ignore[no
     begin(call, s, b, first_head)
     rows, ahead = s.rows, s.rows + WORD * (2 * call.tile + SERIES)
     prepare(call, s, rows, b, first_head, first, min(call.tile, last - first))
-    in_one_piece = call.table == 0 and call.unit_heads == 1 and call.head_stride >= call.row_stride
+    by_itself = call.unit_heads == 1 and call.head_stride >= call.row_stride and call.page_size >= call.tile
     for t in range(first, last, call.tile):
         prepare_next(call, s, ahead, b, unit, t + call.tile, last, next_b, next_unit)
-        far = t + 2 * call.tile
-        if in_one_piece and (t - first) % (TRANSLATED_TILES * call.tile) == 0 and far < last:
-            ask_for_translations(call, b, first_head, far, min(last, far + TRANSLATED_TILES * call.tile))
+        if by_itself and (t - first) % (TRANSLATED_TILES * call.tile) == 0:
+            far, until = t + 2 * call.tile, min(last, t + (2 + TRANSLATED_TILES) * call.tile)
+            ask_for_translations(call, call.key, call.key_pages, call.table, b, first_head, far, until)
+            ask_for_translations(call, call.value, call.value_pages, call.value_table, b, first_head, far, until)
         for h in range(call.unit_heads):
             advance(call, s, rows, b, first_head, h, call.head_stride * h, t, min(call.tile, last - t))
         rows, ahead = ahead, rows
