@@ -18,9 +18,9 @@ from numba_kernels.tiles import HEADS, Tile, digits_together, fold, lanes_with_w
 from numba_kernels.vectors import F32, I32, I64, LINE, Vectors
 
 # Rows that are so many bytes apart lie in few sets of a first-level cache, which cannot hold a strip of a tile then. So
-# on these processors a copy is made of such int8 values, which are read more than once.
+# on these processors, for up to so many heads, a copy is made of such int8 values, which are read more than once.
 FAR = 512
-COPIES_FAR_VALUES = ("znver4", "znver5")
+COPIES_FAR_VALUES = {"znver4": 1, "znver5": 8}
 Read = Callable[[ir.Value, int], list[ir.Value]]  # of a lane of weights and a strip: the vectors that meet it
 
 
@@ -371,7 +371,7 @@ def _values(form: Format, machine: Machine, heads: int) -> Tile:
             copy = v.room(size * form.per_lane * wide * form.weight_lanes) if copies else None
             walk(v, form, head_dim, wide, functools.partial(step, copy))
 
-        if form.pack == 4 and machine.cpu in COPIES_FAR_VALUES:
+        if form.pack == 4 and heads <= COPIES_FAR_VALUES.get(machine.cpu, 0):
             first, second = (v.load(v.address(rows, i, 8), I64) for i in range(2))
             far = builder.icmp_unsigned(">=", builder.sub(second, first), ir.Constant(I64, FAR))
             with builder.if_else(far) as (then, otherwise):
