@@ -56,14 +56,19 @@ def head_of_page(call, pages, num_pages, table, b, t, head):  # type: ignore[no-
 
 
 @native
+def lying_together(call, pages, num_pages, table, b, head, t, last):  # type: ignore[no-untyped-def]
+    """The address of position t of a head, and how many positions of [t, last) lie together there, in one page."""
+    inside = t % call.page_size
+    address = head_of_page(call, pages, num_pages, table, b, t, head) + inside * call.row_stride
+    return address, min(last - t, call.page_size - inside)
+
+
+@native
 def set_rows(call, pages, num_pages, table, b, head, first, count, zeros, rows):  # type: ignore[no-untyped-def]
     """Addresses of `count` positions of a head from `first` on, in `rows`; then the zeros, to fill a tile."""
     done = 0
     while done < count:
-        t = first + done
-        inside = t % call.page_size
-        here = min(count - done, call.page_size - inside)
-        address = head_of_page(call, pages, num_pages, table, b, t, head) + inside * call.row_stride
+        address, here = lying_together(call, pages, num_pages, table, b, head, first + done, first + count)
         # The first access to a page of memory waits for its translation: all of a tile are asked for at once.
         for offset in range(0, here * call.row_stride, MEMORY_PAGE):
             fetch(address + offset)
@@ -240,9 +245,7 @@ def ask_for_translations(call, pages, num_pages, table, b, head, first, last):  
     """
     t = first
     while t < last:
-        inside = t % call.page_size
-        here = min(last - t, call.page_size - inside)
-        address = head_of_page(call, pages, num_pages, table, b, t, head) + inside * call.row_stride
+        address, here = lying_together(call, pages, num_pages, table, b, head, t, last)
         for line in range(address - address % TRANSLATED, address + here * call.row_stride, TRANSLATED):
             fetch(line)
         t += here
